@@ -1,0 +1,71 @@
+"""Specification of deconv2d in plain PyTorch: unpool, rectify, mask, transposed filter, crop, mask. See README.md."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from conelens.kernels.max_unpool2d.reference import max_unpool2d
+
+Pair = tuple[int, int]
+Pool = tuple[Pair, Pair, Pair, Pair]
+
+
+def deconv2d(
+    y: Tensor,
+    weight: Tensor,
+    stride: Pair,
+    padding: Pair,
+    groups: int,
+    dilation: Pair,
+    output_size: Pair,
+    map_size: Pair,
+    pool: Pool | None = None,
+    switches: Tensor | None = None,
+    relu: bool = False,
+    origin: Tensor | None = None,
+) -> Tensor:
+    """Transposed convolution of y [N,Ci,h,w] with the forward filter weight [Ci,Co/groups,kh,kw].
+
+    `map_size` is the size of the map the filter acts on (the forward convolution's output), `output_size` that of
+    the map it writes. With `pool` = (kernel, stride, padding, dilation) y is first unpooled by `switches`; `relu`
+    rectifies after the unpool and before the filter. With `origin` [N,2] y is a window of its map, the result is
+    the natural window, and cells outside either map are zero. Halves are computed in float32 and rounded once.
+    """
+    half = y.dtype in (torch.float16, torch.bfloat16)
+    signal = top_down_signal(y.float() if half else y, map_size, pool, switches, relu, origin)
+    natural = F.conv_transpose2d(signal, weight.to(signal.dtype), None, stride, 0, 0, groups, dilation)
+    if origin is None:
+        (ph, pw), (height, width), (rows, cols) = padding, output_size, natural.shape[2:]
+        out = F.pad(natural, (-pw, width + pw - cols, -ph, height + ph - rows))
+    else:
+        first = filter_origin(origin, pool)
+        out = mask_outside(natural, first * first.new_tensor(stride) - first.new_tensor(padding), output_size)
+    return out.to(y.dtype)
+
+
+def top_down_signal(
+    y: Tensor, map_size: Pair, pool: Pool | None, switches: Tensor | None, relu: bool, origin: Tensor | None
+) -> Tensor:
+    """What the filter acts on: y unpooled, rectified, and zero outside its map."""
+    if pool is not None and switches is not None:
+        return max_unpool2d(y, switches, *pool, map_size, relu, origin)
+    signal = y.clamp(min=0) if relu else y
+    return signal if origin is None else mask_outside(signal, origin, map_size)
+
+
+def filter_origin(origin: Tensor, pool: Pool | None) -> Tensor:
+    """[N,2] int64: map coordinate of the first cell of the window that the filter acts on."""
+    first = origin.long()
+    return first if pool is None else first * first.new_tensor(pool[1]) - first.new_tensor(pool[2])
+
+
+def mask_outside(x: Tensor, origin: Tensor, size: Pair) -> Tensor:
+    """x [N,C,h,w], the window whose first cell is at origin [N,2] of a map of `size`: zero outside that map."""
+    rows = origin[:, 0, None] + torch.arange(x.shape[2], device=x.device)
+    cols = origin[:, 1, None] + torch.arange(x.shape[3], device=x.device)
+    inside_rows = (rows >= 0) & (rows < size[0])
+    inside_cols = (cols >= 0) & (cols < size[1])
+    inside = inside_rows[:, None, :, None] & inside_cols[:, None, None, :]
+    return torch.where(inside, x, torch.zeros_like(x))
