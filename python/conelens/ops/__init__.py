@@ -1,0 +1,11 @@
+"""Operations: fused kernels on the CPU and on CUDA, registered with torch.library, with plain PyTorch beneath.
+
+They take tensors or any DLPack array (NumPy, CuPy, JAX) and answer in the same library.
+"""
+
+from conelens.ops._dispatch import require_kernels, use_backend
+from conelens.ops._register import backends
+from conelens.ops.max_pool2d_with_switches import max_pool2d_with_switches
+from conelens.ops.max_unpool2d import max_unpool2d
+
+__all__ = ["backends", "max_pool2d_with_switches", "max_unpool2d", "require_kernels", "use_backend"]

@@ -1,0 +1,141 @@
+"""What all operations share on the way in and out: pairs, checks with readable errors, layouts, other array libraries."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from conelens import _native
+from conelens.errors import ArgumentError
+
+Pair = tuple[int, int]
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_HUGE = 4 << 20  # bytes from which a fresh CPU output asks for huge pages
+
+
+def pair(value: int | Sequence[int], name: str, minimum: int) -> Pair:
+    """An int or two of them -> (y, x); each at least `minimum`."""
+    values = (value, value) if isinstance(value, int | torch.SymInt) else tuple(value)
+    if len(values) != 2 or not all(isinstance(v, int | torch.SymInt) for v in values):
+        raise ArgumentError(f"{name} must be an int or two (y, x), got {value!r}")
+    if any(v < minimum for v in values):
+        raise ArgumentError(f"{name} must be at least {minimum}, got {value!r}")
+    return values  # type: ignore[return-value]
+
+
+def check_map(x: Any, name: str) -> None:
+    """x is a tensor [N,C,H,W] of a supported float type with cells to work on."""
+    if not isinstance(x, Tensor):
+        raise ArgumentError(f"{name} must be a tensor or a DLPack array, got {type(x).__name__}")
+    if x.dim() != 4:
+        raise ArgumentError(f"{name} must be [N,C,H,W], got shape {list(x.shape)}; add the missing axes with unsqueeze")
+    if x.dtype not in FLOATS:
+        raise ArgumentError(f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
+    if x.shape[2] < 1 or x.shape[3] < 1:
+        raise ArgumentError(f"{name} has no cells: shape {list(x.shape)}")
+    if x.device.type not in ("cpu", "cuda", "meta"):
+        raise ArgumentError(f"{name} must be on the CPU or a CUDA device, got {x.device}")
+
+
+def check_like(tensor: Tensor, name: str, other: Tensor, other_name: str, *, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """tensor has this shape and dtype and lies on other's device."""
+    if list(tensor.shape) != list(shape):
+        raise ArgumentError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+    if tensor.dtype != dtype:
+        raise ArgumentError(f"{name} must be {dtype}, got {tensor.dtype}")
+    if tensor.device != other.device:
+        raise ArgumentError(f"{name} is on {tensor.device} but {other_name} is on {other.device}; move one of them")
+
+
+def check_outs(outs: Sequence[tuple[str, Any, Sequence[int], torch.dtype]], like: Tensor, like_name: str) -> tuple[Tensor, ...]:
+    """Each (name, tensor, shape, dtype) of an `out=` fits; -> the tensors."""
+    for name, tensor, shape, dtype in outs:
+        if not isinstance(tensor, Tensor):
+            raise ArgumentError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        check_like(tensor, name, like, like_name, shape=shape, dtype=dtype)
+    return tuple(tensor for _, tensor, _, _ in outs)
+
+
+# --- layouts -------------------------------------------------------------------------------------------------------
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Neighbouring channels lie side by side; kernels then vectorise over channels."""
+    return x.stride(1) == 1 and x.stride(3) != 1
+
+
+def readable(x: Tensor) -> Tensor:
+    """x itself when its columns or its channels lie side by side, else a contiguous copy."""
+    return x if x.stride(3) == 1 or x.stride(1) == 1 else x.contiguous()
+
+
+def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Fresh map in like's layout; a large one on the CPU asks for huge pages, as page faults cost more than the kernel."""
+    layout = torch.channels_last if is_channels_last(like) else torch.contiguous_format
+    out = torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device, memory_format=layout)
+    if out.device.type == "cpu" and isinstance(out.numel(), int) and out.numel() * out.itemsize >= _HUGE:
+        module = _native.cpu().module
+        if module is not None:
+            module.advise_huge_pages(out.data_ptr(), out.numel() * out.itemsize)
+    return out
+
+
+def same_layout(out: Tensor | None, like: Tensor) -> bool:
+    """`out` can be written natively beside `like`: both vectorise along the same axis."""
+    if out is None:
+        return False
+    return out.stride(1) == 1 if is_channels_last(like) else out.stride(3) == 1
+
+
+# --- other array libraries -----------------------------------------------------------------------------------------
+
+
+def _from_array(array: Any) -> Any:
+    if isinstance(array, np.ndarray):
+        fits = array.flags.writeable and all(s >= 0 for s in array.strides)
+        return torch.from_numpy(array if fits else array.copy())
+    return torch.from_dlpack(array) if hasattr(array, "__dlpack__") else array
+
+
+def _to_array_like(example: Any) -> Callable[[Tensor], Any]:
+    """How a result goes back to the library that `example` came from."""
+    if isinstance(example, np.ndarray):
+        return lambda tensor: tensor.numpy()
+    if hasattr(example, "__array_namespace__"):
+        return example.__array_namespace__().from_dlpack
+    return importlib.import_module(type(example).__module__.partition(".")[0]).from_dlpack
+
+
+def takes_arrays(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let an operation take any DLPack array where it takes a tensor, and answer in the first argument's library."""
+
+    @functools.wraps(function)
+    def wrapper(first: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(first, Tensor) or not hasattr(first, "__dlpack__"):
+            return function(first, *args, **kwargs)
+        out = kwargs.pop("out", None)
+        if out is not None:
+            kwargs["out"] = tuple(map(_writable, out)) if isinstance(out, tuple) else _writable(out)
+        args = tuple(map(_from_array, args))
+        kwargs = {key: value if key == "out" else _from_array(value) for key, value in kwargs.items()}
+        result = function(_from_array(first), *args, **kwargs)
+        if out is not None:
+            return type(result)(*out) if isinstance(out, tuple) else out
+        back = _to_array_like(first)
+        return type(result)(*map(back, result)) if isinstance(result, tuple) else back(result)
+
+    return wrapper
+
+
+def _writable(array: Any) -> Tensor:
+    if isinstance(array, np.ndarray):
+        if not array.flags.writeable:
+            raise ArgumentError("out is a read-only array; give one that can be written")
+        return torch.from_numpy(array)
+    return torch.from_dlpack(array)
