@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from conelens._native import Native
 from conelens.errors import ArgumentError
 from conelens.kernels.deconv2d import reference
+from conelens.ops import _arguments as arguments
+from conelens.ops._dispatch import Implementations
+from conelens.ops._register import Operator
+from conelens.ops.max_unpool2d import check_origin, check_switches, unpool
 
-IntOrPair = int | Sequence[int]
 Pair = tuple[int, int]
+IntOrPair = int | Sequence[int]
 
 
-def _pair(value: IntOrPair) -> Pair:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
-
-
+@arguments.takes_arrays
 def deconv2d(
     y: Tensor,
     weight: Tensor,
@@ -26,31 +31,238 @@ def deconv2d(
     groups: int = 1,
     dilation: IntOrPair = 1,
     *,
-    output_size: IntOrPair | None = None,
-    map_size: IntOrPair | None = None,
+    output_size: Sequence[int] | None = None,
+    map_size: Sequence[int] | None = None,
     pool: tuple[IntOrPair, IntOrPair, IntOrPair, IntOrPair] | None = None,
     switches: Tensor | None = None,
     relu: bool = False,
     origin: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """First version on the reference; see kernels/deconv2d/reference.py for the meaning of the arguments."""
-    s, p, d = _pair(stride), _pair(padding), _pair(dilation)
-    k = (weight.shape[2], weight.shape[3])
-    extra = _pair(output_padding)
-    pools = None if pool is None else tuple(_pair(v) for v in pool)
-    if map_size is not None:
-        on = _pair(map_size)
-    elif pools is None and origin is None:
-        on = (y.shape[2], y.shape[3])
-    elif output_size is not None:
-        size = _pair(output_size)
-        on = tuple((size[i] + 2 * p[i] - d[i] * (k[i] - 1) - 1) // s[i] + 1 for i in (0, 1))
+    """Transposed convolution of y [N,Ci,h,w] with the forward convolution's own weight [Ci,Co/groups,kh,kw].
+
+    Output cell Y collects signal cell P through tap t where ``P * stride - padding + dilation * t == Y``, for
+    ``0 <= Y < output_size``: any padding and size fit, so asymmetric forward padding works (give its first half as
+    ``padding``). Without ``output_size`` the size is that of ``F.conv_transpose2d``. There is no bias.
+
+    The signal is y itself, or with ``pool = (kernel_size, stride, padding, dilation)`` y unpooled by ``switches`` (as
+    max_unpool2d) onto the map that the filter acts on; ``relu`` rectifies the signal. ``map_size`` is the size of that
+    map; without it, it follows from ``output_size`` by the formula of a convolution with symmetric padding.
+
+    ``origin`` (int32 or int64 [N,2], may be negative) says that y is a window of its map and gives the coordinates of
+    each sample's first cell. The result is then the natural window of size ``(h' - 1) * stride + dilation * (k - 1) +
+    1``, whose first cell is at ``origin' * stride - padding``, where the signal's own window is origin', h' (those of
+    y, or of the unpooled natural window). Signal cells outside ``map_size`` count as zero and result cells outside
+    ``output_size`` are zero; one of the two sizes must be given.
+
+    Dtype and layout of the result are y's; halves accumulate in float32. Weights in ``torch.channels_last`` save a
+    transposition per call on the CPU. Differentiable in y and weight, twice. Raises ArgumentError.
+    """
+    arguments.check_map(y, "y")
+    step, pad = arguments.pair(stride, "stride", 1), arguments.pair(padding, "padding", 0)
+    spread = arguments.pair(dilation, "dilation", 1)
+    _check_weight(weight, y, groups)
+    kernel = (weight.shape[2], weight.shape[3])
+    window = _check_pool(pool, switches, y)
+    check_origin(origin, y)
+    on = None if map_size is None else arguments.pair(map_size, "map_size", 1)
+    to = None if output_size is None else arguments.pair(output_size, "output_size", 1)
+    if to is not None and output_padding != 0:
+        raise ArgumentError("output_padding and output_size both decide the size of the result: give one of them")
+    if on is None:
+        on = _map_size(y, kernel, step, pad, spread, to, window, origin)
+    elif window is None and origin is None and on != (y.shape[2], y.shape[3]):
+        raise ArgumentError(f"map_size is {on}, but y is the whole map (no pool, no origin) and has {tuple(y.shape[2:])}")
+    if to is None:
+        to = _output_size(on, kernel, step, pad, spread, arguments.pair(output_padding, "output_padding", 0))
+    args = (y, weight, step, pad, groups, spread, to, on, window, switches, bool(relu), origin)
+    if out is None:
+        return _OPERATOR(*args)
+    shape = _output_shape(y, weight, step, groups, spread, to, window, origin)
+    _OPERATOR.into(arguments.check_outs([("out", out, shape, y.dtype)], y, "y"), *args)
+    return out
+
+
+def _check_weight(weight: Any, y: Tensor, groups: int) -> None:
+    if not isinstance(weight, Tensor) or weight.dim() != 4:
+        raise ArgumentError(f"weight must be a tensor [Ci,Co/groups,kh,kw], got {getattr(weight, 'shape', weight)!r}")
+    if weight.dtype != y.dtype or weight.device != y.device:
+        raise ArgumentError(
+            f"weight is {weight.dtype} on {weight.device} but y is {y.dtype} on {y.device}; convert or move one of them"
+        )
+    if groups < 1 or y.shape[1] % groups != 0:
+        raise ArgumentError(f"groups must divide y's {y.shape[1]} channels, got {groups}")
+    if weight.shape[0] != y.shape[1]:
+        raise ArgumentError(
+            f"weight has {weight.shape[0]} filters but y has {y.shape[1]} channels; "
+            "weight is the forward convolution's own [Ci,Co/groups,kh,kw]"
+        )
+    if 0 in weight.shape[1:]:
+        raise ArgumentError(f"weight is empty: shape {list(weight.shape)}")
+
+
+def _check_pool(pool: Any, switches: Tensor | None, y: Tensor) -> list[int] | None:
+    """pool -> kernel, stride, padding and dilation, each (y, x), in one list."""
+    if (pool is None) != (switches is None):
+        raise ArgumentError("pool and switches belong together: give both or neither")
+    if pool is None:
+        return None
+    if not isinstance(pool, tuple | list) or len(pool) != 4:
+        raise ArgumentError(f"pool must be (kernel_size, stride, padding, dilation), got {pool!r}")
+    names = (("kernel_size", 1), ("stride", 1), ("padding", 0), ("dilation", 1))
+    window = [v for value, (name, least) in zip(pool, names, strict=True) for v in arguments.pair(value, f"pool {name}", least)]
+    check_switches(switches, y, (window[0], window[1]))  # type: ignore[arg-type]
+    return window
+
+
+def _map_size(
+    y: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, to: Pair | None, pool: Any, origin: Any
+) -> Pair:
+    """Size of the map the filter acts on: y's own, or what the forward convolution makes of output_size."""
+    if pool is None and origin is None:
+        return y.shape[2], y.shape[3]
+    if to is None:
+        raise ArgumentError("with pool or origin, give output_size (of the map written) or map_size (of the map read)")
+    height, width = (
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, s, p, d in zip(to, kernel, stride, padding, dilation, strict=True)
+    )
+    if height < 1 or width < 1:
+        raise ArgumentError(f"output_size {to} is smaller than the filter {kernel} with this padding; give map_size")
+    return height, width
+
+
+def _output_size(on: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, extra: Pair) -> Pair:
+    height, width = (
+        (size - 1) * s - 2 * p + d * (k - 1) + 1 + e
+        for size, k, s, p, d, e in zip(on, kernel, stride, padding, dilation, extra, strict=True)
+    )
+    if height < 1 or width < 1:
+        raise ArgumentError(f"padding {padding} leaves no output cell of a map of {on}; give output_size")
+    return height, width
+
+
+def _natural_size(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Pair:
+    height, width = ((n - 1) * s + d * (k - 1) + 1 for n, k, s, d in zip(size, kernel, stride, dilation, strict=True))
+    return height, width
+
+
+def _output_shape(
+    y: Tensor, weight: Tensor, stride: Any, groups: int, dilation: Any, output_size: Any, pool: Any, origin: Any
+) -> tuple[int, int, int, int]:
+    size = output_size
+    if origin is not None:
+        read: Sequence[int] = y.shape[2:]
+        if pool is not None:
+            read = _natural_size(read, pool[0:2], pool[2:4], pool[6:8])
+        size = _natural_size(read, weight.shape[2:], stride, dilation)
+    return y.shape[0], weight.shape[1] * groups, size[0], size[1]
+
+
+def _fake(
+    y: Tensor,
+    weight: Tensor,
+    stride: Any,
+    padding: Any,
+    groups: int,
+    dilation: Any,
+    output_size: Any,
+    map_size: Any,
+    pool: Any,
+    switches: Tensor | None,
+    relu: bool,
+    origin: Tensor | None,
+) -> Tensor:
+    return arguments.empty(_output_shape(y, weight, stride, groups, dilation, output_size, pool, origin), y)
+
+
+def _in_layout_of(out: Tensor, like: Tensor) -> Tensor:
+    layout = torch.channels_last if arguments.is_channels_last(like) else torch.contiguous_format
+    return out.contiguous(memory_format=layout)
+
+
+def _windows(pool: Sequence[int] | None) -> tuple[Pair, Pair, Pair, Pair] | None:
+    """The schema's flat list -> (kernel, stride, padding, dilation)."""
+    if pool is None:
+        return None
+    kernel, stride, padding, dilation = ((pool[i], pool[i + 1]) for i in (0, 2, 4, 6))
+    return kernel, stride, padding, dilation
+
+
+def _reference(
+    y: Tensor,
+    weight: Tensor,
+    stride: Any,
+    padding: Any,
+    groups: int,
+    dilation: Any,
+    output_size: Any,
+    map_size: Any,
+    pool: Any,
+    switches: Tensor | None,
+    relu: bool,
+    origin: Tensor | None,
+) -> Tensor:
+    out = reference.deconv2d(
+        y, weight, stride, padding, groups, dilation, output_size, map_size, _windows(pool), switches, relu, origin
+    )
+    return _in_layout_of(out, y)
+
+
+def _compiled(native: Native, y: Tensor, *args: Any, out: Tensor | None = None) -> Tensor:
+    raise NotImplementedError
+
+
+_OPERATOR = Operator(
+    "Tensor y, Tensor weight, int[2] stride, int[2] padding, int groups, int[2] dilation, SymInt[2] output_size, "
+    "SymInt[2] map_size, int[]? pool, Tensor? switches, bool relu, Tensor? origin",
+    ("out",),
+    Implementations("deconv2d", compiled=_compiled, reference=_reference, order=("triton", "reference")),
+    _fake,
+)
+
+
+# --- gradient: the adjoint is a convolution; written in differentiable operations, so that it has a gradient too ------
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    y, weight, *window, pool, switches, relu, origin = inputs
+    ctx.save_for_backward(y, weight, switches, origin)
+    ctx.window, ctx.pool, ctx.relu = window, _windows(pool), relu
+
+
+def _signal(y: Tensor, map_size: Any, pool: Any, switches: Any, relu: bool, origin: Tensor | None) -> Tensor:
+    """What the filter acts on, as the reference has it, but by the unpool operation."""
+    if pool is not None:
+        return unpool(y, switches, *pool, map_size, relu, origin, False)
+    return reference.top_down_signal(y, map_size, None, None, relu, origin)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    y, weight, switches, origin = ctx.saved_tensors
+    stride, padding, groups, dilation, output_size, map_size = ctx.window
+    signal = _signal(y, map_size, ctx.pool, switches, ctx.relu, origin)
+    if origin is None:
+        rows, cols = _natural_size(signal.shape[2:], weight.shape[2:], stride, dilation)
+        (ph, pw), (height, width) = padding, output_size
+        grad = F.pad(grad, (pw, cols - width - pw, ph, rows - height - ph))
     else:
-        raise ArgumentError("deconv2d: with pool or origin, give output_size or map_size: the maps' size is unknown.")
-    if output_size is not None:
-        to = _pair(output_size)
-    else:
-        to = tuple((on[i] - 1) * s[i] - 2 * p[i] + d[i] * (k[i] - 1) + 1 + extra[i] for i in (0, 1))
-    result = reference.deconv2d(y, weight, s, p, groups, d, to, on, pools, switches, relu, origin)
-    return result if out is None else out.copy_(result)
+        first = reference.filter_origin(origin, ctx.pool)
+        first = first * first.new_tensor(stride) - first.new_tensor(padding)
+        grad = reference.mask_outside(grad, first, output_size)
+    grad_y = grad_weight = None
+    if ctx.needs_input_grad[1]:
+        grad_weight = torch.nn.grad.conv2d_weight(grad, weight.shape, signal, stride, 0, dilation, groups)
+    if ctx.needs_input_grad[0]:
+        grad_y = F.conv2d(grad, weight, None, stride, 0, dilation, groups)
+        if ctx.relu:
+            grad_y = grad_y.masked_fill(signal <= 0, 0)
+        if ctx.pool is not None:
+            unpool_backward = torch.ops.conelens.max_unpool2d_backward.default
+            grad_y = unpool_backward(grad_y, switches, *ctx.pool, map_size, origin)
+        elif origin is not None:
+            grad_y = reference.mask_outside(grad_y, origin, map_size)
+    return grad_y, grad_weight, *[None] * 10
+
+
+_OPERATOR.register_autograd(_backward, _setup_context)
