@@ -5,7 +5,17 @@ They take tensors or any DLPack array (NumPy, CuPy, JAX) and answer in the same 
 
 from conelens.ops._dispatch import require_kernels, use_backend
 from conelens.ops._register import backends
+from conelens.ops.channel_peaks import channel_peaks
+from conelens.ops.deconv2d import deconv2d
 from conelens.ops.max_pool2d_with_switches import max_pool2d_with_switches
 from conelens.ops.max_unpool2d import max_unpool2d
 
-__all__ = ["backends", "max_pool2d_with_switches", "max_unpool2d", "require_kernels", "use_backend"]
+__all__ = [
+    "backends",
+    "channel_peaks",
+    "deconv2d",
+    "max_pool2d_with_switches",
+    "max_unpool2d",
+    "require_kernels",
+    "use_backend",
+]
