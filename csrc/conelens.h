@@ -1,0 +1,29 @@
+/* conelens for C: params structs and launchers. A launcher reads its params, runs and returns CONELENS_OK or an error
+ * code for conelens_error_string. Callers allocate outputs. Link against libconelens (CPU); the CUDA launchers are in
+ * libconelens_cuda, take a cudaStream_t as void* and return after the launch. */
+#ifndef CONELENS_H
+#define CONELENS_H
+
+#include "max_pool2d_with_switches.h"
+#include "max_unpool2d.h"
+#include "types.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+CONELENS_API const char* conelens_error_string(int code);
+
+CONELENS_API int conelens_max_pool2d_with_switches_cpu(const conelens_max_pool2d_params* params, int threads);
+CONELENS_API int conelens_max_unpool2d_cpu(const conelens_max_unpool2d_params* params, int threads);
+CONELENS_API int conelens_max_unpool2d_backward_cpu(const conelens_max_unpool2d_params* params, int threads);
+
+CONELENS_API int conelens_max_pool2d_with_switches_cuda(const conelens_max_pool2d_params* params, void* stream);
+CONELENS_API int conelens_max_unpool2d_cuda(const conelens_max_unpool2d_params* params, void* stream);
+CONELENS_API int conelens_max_unpool2d_backward_cuda(const conelens_max_unpool2d_params* params, void* stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
