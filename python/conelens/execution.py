@@ -1,0 +1,299 @@
+"""Running a traced graph: forward on whole maps, forward on cones, and the top-down pass on cones.
+
+One kernel sequence per layer whatever the number of units: windows of all units are stacked along the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from conelens import ops
+from conelens.cone import ConePlan, Edge, Offset
+from conelens.graph import Graph
+from conelens.operators import Conv2d, Linear, MaxPool2d, Operator, Pad, Pair, Place, Rectify, Step, inside
+
+Observer = Callable[[int, Tensor], None]
+
+
+def take(x: Tensor, offset: Offset, size: Pair, fill: float = 0.0, rows: Tensor | None = None) -> Tensor:
+    """Windows of ``size`` that start at ``offset`` inside ``x`` [N, C, h, w]; ``fill`` where they leave it.
+
+    ``rows`` [U] picks the sample of each unit; without it sample u belongs to unit u. No copy where a slice will do.
+    """
+    if not isinstance(offset, tuple):
+        return _gather(x, offset, size, fill, rows)
+    if rows is not None:
+        x = x[rows]
+    (top, left), (height, width) = offset, size
+    bottom, right = top + height - x.shape[2], left + width - x.shape[3]
+    if top > 0 or left > 0 or bottom < 0 or right < 0:
+        x = x[:, :, max(top, 0) : top + height if bottom < 0 else None, max(left, 0) : left + width if right < 0 else None]
+    if top < 0 or left < 0 or bottom > 0 or right > 0:
+        x = F.pad(x, (max(-left, 0), max(right, 0), max(-top, 0), max(bottom, 0)), value=fill)
+    return x
+
+
+def _gather(x: Tensor, offset: np.ndarray, size: Pair, fill: float, rows: Tensor | None) -> Tensor:
+    device = x.device
+    if rows is None:
+        rows = torch.arange(x.shape[0], device=device)
+    index, valid = [], []
+    for axis in (0, 1):
+        cells = offset[:, axis, None] + np.arange(size[axis])
+        valid.append(torch.from_numpy((cells >= 0) & (cells < x.shape[2 + axis])).to(device))
+        index.append(torch.from_numpy(np.clip(cells, 0, x.shape[2 + axis] - 1)).to(device))
+    windows = x.permute(0, 2, 3, 1)[rows[:, None, None], index[0][:, :, None], index[1][:, None, :]].permute(0, 3, 1, 2)
+    mask = valid[0][:, None, :, None] & valid[1][:, None, None, :]
+    return windows if bool(mask.all()) else windows.masked_fill(~mask, fill)
+
+
+def fused_rectifiers(graph: Graph, readers: dict[int, list[int]], kept: Collection[int]) -> set[int]:
+    """ReLU nodes that only max pools read, so that the pooling kernel can rectify on the fly."""
+    return {
+        index
+        for index, consumers in readers.items()
+        if isinstance(graph[index].op, Rectify)
+        and index not in kept
+        and consumers
+        and all(isinstance(graph[c].op, MaxPool2d) for c in consumers)
+    }
+
+
+def _rectify_in_place(graph: Graph, index: int, readers: dict[int, list[int]], kept: Collection[int]) -> bool:
+    """May the ReLU overwrite its input? Only a fresh tensor that nobody else reads."""
+    (source,) = graph[index].inputs
+    return isinstance(graph[source].op, Conv2d) and len(readers[source]) == 1 and source not in kept
+
+
+def forward_whole(
+    graph: Graph, images: Tensor, targets: tuple[int, ...], *, switches: dict[int, Tensor] | None = None,
+    observe: Observer | None = None,
+) -> dict[int, Tensor]:
+    """Whole-map forward pass to ``targets``; fills ``switches`` per max-pool node when given.
+
+    ``observe(node, input map)`` sees every max pool's input and every map that a gradient rule or a gate has to remember.
+    """  # fmt: skip
+    order, readers = graph.ancestors(targets), graph.consumers(targets)
+    skipped = fused_rectifiers(graph, readers, targets) if observe is None else set()
+    pending = {index: len(consumers) for index, consumers in readers.items()}
+    values: dict[int, Tensor] = {}
+    for index in order:
+        node, op = graph[index], graph[index].op
+        inputs = [values[i] for i in node.inputs]
+        if not node.inputs:
+            value = images
+        elif index in skipped:
+            value = inputs[0]
+        elif isinstance(op, MaxPool2d):
+            value, chosen = op.pool(inputs[0], True, relu=node.inputs[0] in skipped)
+            if switches is not None:
+                switches[index] = chosen
+        elif isinstance(op, Rectify) and _rectify_in_place(graph, index, readers, targets):
+            value = torch.relu_(inputs[0])
+        else:
+            value = op.forward(inputs, None)
+        if observe is not None and inputs:
+            observe(index, inputs[-1])
+        values[index] = value
+        for source in node.inputs:
+            pending[source] -= 1
+            if not pending[source] and source not in targets:
+                del values[source]
+    return {target: values[target] for target in targets}
+
+
+def forward_cone(
+    graph: Graph, plan: ConePlan, images: Tensor, rows: Tensor | None, *, observe: Observer | None = None
+) -> tuple[Tensor, dict[int, Step]]:
+    """Forward pass on the windows of ``plan``; returns the target's [U, C, 1, 1] and the steps the top-down pass needs."""
+    readers = graph.consumers((plan.target,))
+    kept = (plan.target,)
+    skipped = fused_rectifiers(graph, readers, kept) if observe is None else set()
+    pending = {index: len(consumers) for index, consumers in readers.items()}
+    values: dict[int, Tensor] = {}
+    steps: dict[int, Step] = {}
+    for index in plan.order:
+        node, op, place, edges = graph[index], graph[index].op, plan.places[index], plan.edges[index]
+        if not node.inputs:
+            origin = place.low
+            uniform = len(origin) == 1 or bool((origin == origin[0]).all())
+            offset: Offset = (int(origin[0, 0]), int(origin[0, 1])) if uniform else origin
+            values[index] = take(images, offset, place.size, rows=rows)
+            continue
+        steps[index] = step = Step([edge.place for edge in edges], place)
+        rectify = skipped.issuperset(node.inputs)
+        inputs = []
+        for source, edge in zip(node.inputs, edges, strict=True):
+            x = values[source]
+            if op.outside != 0.0 and (plan.hangs[source] or _pads(edge.offset, edge.place.size, plan.places[source].size)):
+                if rectify:  # a tap outside the map must lose against a rectified one inside
+                    x, rectify = torch.relu(x), False
+                if plan.hangs[source]:
+                    x = x.masked_fill(~inside(plan.places[source], graph[source].size, x.device), op.outside)
+            inputs.append(take(x, edge.offset, edge.place.size, op.outside))
+        if index in skipped:
+            value = inputs[0]
+        elif isinstance(op, MaxPool2d):
+            value, step.memo["switches"] = op.pool(inputs[0], False, relu=rectify)
+        elif isinstance(op, Rectify) and _rectify_in_place(graph, index, readers, kept):
+            value = torch.relu_(inputs[0])
+        else:
+            value = op.forward(inputs, step)
+        if plan.hangs[index] and not op.keeps_zero:
+            value = value.masked_fill(~inside(place, node.size, value.device), 0.0)
+        if observe is not None:
+            observe(index, inputs[-1])
+        values[index] = value
+        for source in node.inputs:
+            pending[source] -= 1
+            if not pending[source]:
+                del values[source]
+    return values[plan.target], steps
+
+
+def _pads(offset: Offset, size: Pair, held: Pair) -> bool:
+    """Does a window leave the one held for its source?"""
+    low, high = np.min(np.atleast_2d(offset), 0), np.max(np.atleast_2d(offset), 0)
+    return bool((low < 0).any() or (high + size > np.asarray(held)).any())
+
+
+def steps_from_whole(
+    graph: Graph, plan: ConePlan, rows: Tensor | None, switches: dict[int, Tensor], memory: dict[int, Tensor]
+) -> dict[int, Step]:
+    """The steps of the top-down pass, cut out of a whole-map forward pass instead of computed on the cone."""
+    steps: dict[int, Step] = {}
+    for index in plan.order:
+        node, op, place = graph[index], graph[index].op, plan.places[index]
+        steps[index] = step = Step([edge.place for edge in plan.edges[index]], place)
+        if isinstance(op, MaxPool2d):
+            step.memo["switches"] = take(switches[index], _origin(place), place.size, rows=rows)
+        elif index in memory:
+            key = "gate" if op.kind == "gate" else "input"
+            held = plan.edges[index][-1].place
+            step.memo[key] = take(memory[index], _origin(held), held.size, rows=rows)
+    return steps
+
+
+def _origin(place: Place) -> Offset:
+    low = place.low
+    if len(low) == 1 or (low == low[0]).all():
+        return int(low[0, 0]), int(low[0, 1])
+    return low
+
+
+@dataclass
+class Signal:
+    """A top-down signal on its way: ``data`` plus what is still to be done, so that one kernel can do it all.
+
+    ``channel`` [U]: only this channel is non-zero (a seed). ``pool``: still to be unpooled, (node, offset) says how.
+    ``relu``: still to be rectified, after the unpooling.
+    """
+
+    data: Tensor
+    channel: Tensor | None = None
+    pool: Unpool | None = None
+    relu: bool = False
+
+    def settle(self) -> Tensor:
+        """Everything pending, done."""
+        if self.pool is not None:
+            self.data = self.pool.run(self.data, self.relu)
+        elif self.relu:
+            self.data = torch.relu(self.data)
+        self.pool, self.relu = None, False
+        return self.data
+
+
+@dataclass
+class Unpool:
+    """A pending unpooling onto a window of ``size`` whose first cell is ``offset`` cells after the first tap."""
+
+    op: MaxPool2d
+    switches: Tensor
+    offset: Pair
+    size: Pair
+
+    @property
+    def geometry(self) -> tuple[Pair, Pair, Pair, Pair]:
+        """(kernel, stride, padding, dilation) of the unpooling."""
+        return self.op.kernel, self.op.stride, _negative(self.offset), self.op.dilation
+
+    def run(self, data: Tensor, relu: bool) -> Tensor:
+        return ops.max_unpool2d(data, self.switches, *self.geometry, output_size=self.size, relu=relu)
+
+
+def topdown(graph: Graph, plan: ConePlan, steps: dict[int, Step], values: Tensor, channels: Tensor) -> Tensor:
+    """Deconvnet pass from seeds ``values`` [U] at ``channels`` [U] of the target to the input's windows [U, C, h, w]."""
+    seed = values.new_zeros((len(values), graph[plan.target].shape[0], 1, 1))
+    seed[torch.arange(len(values), device=values.device), channels, 0, 0] = values
+    signals: dict[int, Signal] = {plan.target: Signal(seed, channels)}
+    for index in reversed(plan.order):
+        signal = signals.pop(index, None)
+        node = graph[index]
+        if signal is None:
+            continue
+        if not node.inputs:
+            return signal.settle()
+        sent = _send(node.op, signal, plan, index, steps[index], graph)
+        for source, edge, part in zip(node.inputs, plan.edges[index], sent, strict=True):
+            if part is None:
+                continue
+            if part.pool is None and part.data.shape[2:] != plan.places[source].size:
+                part = _place(part, edge.offset, plan.places[source].size)
+            if plan.hangs[source] and isinstance(node.op, Conv2d | Pad):
+                mask = ~inside(plan.places[source], graph[source].size, part.data.device)
+                part.data = part.data.masked_fill(mask, 0.0)
+            held = signals.get(source)
+            signals[source] = part if held is None else Signal(held.settle() + part.settle())
+    return values.new_zeros((len(values), graph[0].shape[0], *plan.places[0].size))
+
+
+def _place(part: Signal, offset: Offset, held: Pair) -> Signal:
+    """Move a signal from the window an edge reads to the one held for its source."""
+    back: Offset = (-offset[0], -offset[1]) if isinstance(offset, tuple) else -offset
+    return Signal(take(part.settle(), back, held))
+
+
+def _send(op: Operator, signal: Signal, plan: ConePlan, index: int, step: Step, graph: Graph) -> list[Signal | None]:
+    """Signals for the inputs of one node, on the windows its edges read."""
+    if isinstance(op, Rectify):
+        return [Signal(signal.data, signal.channel, signal.pool, True)]
+    if isinstance(op, MaxPool2d):
+        (source,) = graph[index].inputs
+        edge, held = plan.edges[index][0], plan.places[source]
+        data = signal.settle()
+        if isinstance(edge.offset, tuple) and max(edge.offset) <= 0:
+            return [Signal(data, None, Unpool(op, step.memo["switches"], edge.offset, held.size))]
+        whole = Unpool(op, step.memo["switches"], (0, 0), edge.place.size)
+        return [Signal(whole.run(data, False))]
+    if signal.channel is not None and isinstance(op, (Conv2d, Linear)):
+        data = torch.relu(signal.data) if signal.relu else signal.data
+        picked = data.gather(1, signal.channel[:, None, None, None])[:, 0, 0, 0]
+        return [Signal(op.project_unit(picked, signal.channel))]
+    if isinstance(op, Conv2d):
+        return [_through_filters(op, signal, plan.edges[index][0], plan.places[graph[index].inputs[0]].size)]
+    return [None if part is None else Signal(part) for part in op.topdown(signal.settle(), step)]
+
+
+def _through_filters(op: Conv2d, signal: Signal, edge: Edge, held: Pair) -> Signal:
+    """Transposed filters, with a pending unpooling and rectification done on the way in."""
+    extra: dict[str, Any] = {}
+    if signal.pool is not None:
+        extra = {"pool": signal.pool.geometry, "switches": signal.pool.switches, "map_size": signal.pool.size}
+    trimmed = isinstance(edge.offset, tuple) and max(edge.offset) <= 0
+    padding, size = (_negative(edge.offset), held) if trimmed else ((0, 0), edge.place.size)
+    data = ops.deconv2d(
+        signal.data, op.weight, op.stride, padding, 0, op.groups, op.dilation, output_size=size, relu=signal.relu, **extra
+    )
+    return Signal(data)
+
+
+def _negative(offset: Offset) -> Pair:
+    return -int(offset[0]), -int(offset[1])

@@ -1,0 +1,271 @@
+"""Watching a model run: which tensor is which node of the graph, and what each module call is named."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from conelens.errors import ArgumentError, TraceError, UnsupportedOperatorError
+from conelens.graph import Graph, Node
+from conelens.operators import Input, Operator, SelectChannels
+
+Policy = Mapping[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Meaning:
+    """What a tensor of the model's run stands for.
+
+    layout "map": [N, C, H, W] of ``node``; "vector": [N, F]; "split": [N, *channels.shape, H, W], channels of ``node`` picked and
+    arranged by index; "cells": [N, C, H*W]; "positive": the mask node > 0; "stale": overwritten through another view.
+    """
+
+    node: int
+    layout: str = "map"
+    channels: np.ndarray | None = None
+
+
+class Recorder(TorchFunctionMode):
+    """Records one forward pass into ``graph``; rules live in ``lowering.RULES``, keyed by the name of the torch function."""
+
+    def __init__(self, rules: Mapping[str, Callable[..., Any]], policy: Policy) -> None:
+        super().__init__()
+        self.rules = rules
+        self.policy = policy
+        self.graph = Graph()
+        self.batch = 0
+        self.meanings: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.stack: list[str] = [""]
+        self.calls: Counter[str] = Counter()
+        self._labels: dict[int, list[str]] = {}
+
+    # --- what tensors mean -------------------------------------------------------------------------------------------
+
+    def start(self, example: Tensor) -> Tensor:
+        """Declare the network input; returns a private copy, since the model may work in place."""
+        x = example.clone()
+        self.batch = x.shape[0]
+        node = self.graph.add(Input(), (), (x.shape[1], x.shape[2], x.shape[3]))
+        node.name = "input"
+        self.meanings[x] = Meaning(node.index)
+        return x
+
+    def meaning(self, tensor: Any) -> Meaning | None:
+        """The meaning of a tensor, or None when it does not depend on the input."""
+        if not isinstance(tensor, Tensor):
+            return None
+        found = self.meanings.get(tensor)
+        if found is not None and found.layout == "stale":
+            raise UnsupportedOperatorError(
+                f"{self.here}: a tensor is used after it was changed in place through another view of its memory; "
+                "write that step out of place"
+            )
+        return found
+
+    def map_of(self, tensor: Any, what: str = "input") -> Node:
+        """The node whose map [N, C, H, W] or vector [N, F] this tensor is."""
+        found = self.meaning(tensor)
+        if found is None:
+            raise UnsupportedOperatorError(f"{self.here}: {what} does not depend on the network's input as a map")
+        if found.layout not in ("map", "vector"):
+            raise UnsupportedOperatorError(f"{self.here}: {what} is no map [N, C, H, W] (shape {tuple(tensor.shape)})")
+        return self.graph[found.node]
+
+    def select(self, node: Node, channels: np.ndarray) -> Node | Meaning:
+        """``channels`` of ``node`` in that order: a node of its own, or a "split" view while they have several dimensions."""
+        if channels.ndim != 1:
+            return Meaning(node.index, "split", channels)
+        if np.array_equal(channels, np.arange(node.shape[0])):
+            return node
+        op = SelectChannels(torch.from_numpy(channels.copy()).to(self._device), node.shape[0])
+        return self.emit(op, (node,), (len(channels), *node.size), node.vector)
+
+    def emit(self, op: Operator, inputs: Iterable[Node], shape: tuple[int, int, int], vector: bool = False) -> Node:
+        """Add a node, named after the innermost module call and the torch function."""
+        node = self.graph.add(op, tuple(n.index for n in inputs), shape, vector)
+        base = f"{self.stack[-1]}/{self._function}"
+        count = self.calls[base]
+        self.calls[base] += 1
+        node.name = f"{base}:{count}" if count else base
+        return node
+
+    def rule_for(self, operator: str) -> str | None:
+        """The user's policy for an operator without a canonical rule."""
+        return self.policy.get(operator)
+
+    @property
+    def here(self) -> str:
+        """The place in the model that is running, for error messages."""
+        return f"{self._function} in {self.stack[-1] or 'the model itself'}"
+
+    # --- watching ----------------------------------------------------------------------------------------------------
+
+    _function = "input"
+    _device = torch.device("cpu")
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = list(_tensors((args, kwargs)))
+        known = [t for t in tensors if t in self.meanings]
+        if not known:
+            return func(*args, **kwargs)
+        name = _name(func)
+        before = self._function
+        self._function = name.strip("_")
+        self._device = known[0].device
+        try:
+            if name in _LEAKS:
+                raise UnsupportedOperatorError(
+                    f"{self.here}: the model reads values of an activation into Python ({name}), so its graph depends on the data"
+                )
+            result = func(*args, **kwargs)
+            if not any(True for _ in _tensors(result)):
+                return result
+            rule = self.rules.get(name) or self.rules.get(self._function)
+            if rule is None:
+                raise UnsupportedOperatorError(f"{self.here}: no rule for this operator (torch function '{name}')")
+            try:
+                self._assign(result, rule(self, result, *args, **kwargs))
+            except TypeError as error:
+                raise UnsupportedOperatorError(f"{self.here}: arguments without a rule ({error})") from error
+            return result
+        finally:
+            self._function = before
+
+    def _assign(self, result: Any, meanings: Any) -> None:
+        if isinstance(result, Tensor):
+            if isinstance(meanings, Node):
+                meanings = Meaning(meanings.index, "vector" if meanings.vector else "map")
+            if meanings is None:
+                return
+            old = self.meanings.get(result)
+            if old is not None and old is not meanings:
+                self._overwritten(result, meanings)
+            self.meanings[result] = meanings
+            return
+        for one, meaning in zip(result, meanings, strict=False):
+            self._assign(one, meaning)
+
+    def _overwritten(self, tensor: Tensor, meaning: Meaning) -> None:
+        """After an in-place call: same-shaped aliases follow, other views of that memory become unusable."""
+        storage = tensor.untyped_storage().data_ptr()
+        for other in list(self.meanings.keys()):
+            if other is tensor or other.untyped_storage().data_ptr() != storage:
+                continue
+            same = (other.data_ptr(), other.shape, other.stride()) == (
+                tensor.data_ptr(), tensor.shape, tensor.stride()
+            )
+            self.meanings[other] = meaning if same else Meaning(-1, "stale")
+
+    # --- names -------------------------------------------------------------------------------------------------------
+
+    def watch(self, model: nn.Module) -> list[Any]:
+        """Hook every module; returns the handles to remove."""
+        handles = []
+        for path, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                raise UnsupportedOperatorError(
+                    f"{path or 'the model'} is a TorchScript module, whose calls cannot be seen; pass the original nn.Module"
+                )
+            handles.append(module.register_forward_pre_hook(self._enter(path)))
+            handles.append(module.register_forward_hook(self._leave(not any(module.children()))))
+        return handles
+
+    def _enter(self, path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            count = self.calls[f"module {path}"]
+            self.calls[f"module {path}"] += 1
+            self.stack.append(f"{path}:{count}" if count else path)
+
+        return hook
+
+    def _leave(self, leaf: bool) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            label = self.stack.pop()
+            meaning = self.meanings.get(output) if isinstance(output, Tensor) else None
+            if meaning is None or meaning.node < 0 or not label:
+                return
+            if meaning.layout not in ("map", "vector"):
+                return
+            node = self.graph[meaning.node]
+            if leaf and node.name.startswith(label + "/"):
+                self._labels.setdefault(node.index, []).insert(0, label)
+            else:
+                self._labels.setdefault(node.index, []).append(label)
+
+        return hook
+
+    def finish(self, output: Any) -> Graph:
+        """Settle names and outputs."""
+        for index, labels in self._labels.items():
+            node = self.graph[index]
+            parent = node.name.rsplit("/", 1)[0]
+            if labels[0] == parent:
+                node.name, labels = labels[0], labels[1:]
+            node.aliases = [label for label in dict.fromkeys(labels) if label != node.name]
+        for tensor in _tensors(output):
+            meaning = self.meaning(tensor)
+            if meaning is not None:
+                self.graph.outputs.append(self.map_of(tensor, "the model's output").index)
+        if not self.graph.outputs:
+            raise TraceError(
+                f"the model returned {type(output).__name__} without a tensor that depends on its input; nothing can be traced"
+            )
+        return self.graph
+
+
+def record(
+    model: nn.Module, example: Tensor, rules: Mapping[str, Callable[..., Any]], policy: Policy
+) -> tuple[Graph, Any]:
+    """Run ``model`` on ``example`` [N >= 2, C, H, W] and return (graph, model output)."""
+    if example.ndim != 4 or example.shape[0] < 2:
+        raise ArgumentError(f"example: got shape {tuple(example.shape)}, wanted [N >= 2, C, H, W]")
+    recorder = Recorder(rules, policy)
+    handles = recorder.watch(model)
+    try:
+        with torch.no_grad():
+            x = recorder.start(example)
+            with recorder:
+                output = model(x)
+            return recorder.finish(output), output
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# Calls that carry values of a tensor into Python, where they could decide anything.
+_LEAKS = frozenset({"item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__", "equal", "allclose"})
+
+_DUNDERS = {
+    "__radd__": "add", "__rmul__": "mul", "__rsub__": "rsub", "__sub__": "sub", "__isub__": "sub", "__add__": "add", "__mul__": "mul",
+    "__iadd__": "add", "__imul__": "mul", "__truediv__": "div", "__itruediv__": "div", "true_divide": "div", "multiply": "mul",
+    "subtract": "sub", "concat": "cat", "concatenate": "cat", "__gt__": "gt", "greater": "gt", "divide": "div",
+}  # fmt: skip
+
+
+def _name(func: Any) -> str:
+    name = getattr(func, "__name__", str(func))
+    if name == "__get__":
+        return getattr(func.__self__, "__name__", name)
+    if name in _DUNDERS:
+        return _DUNDERS[name]
+    return name
+
+
+def _tensors(tree: Any) -> Iterable[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from _tensors(value)
+    elif isinstance(tree, (tuple, list)):
+        for value in tree:
+            yield from _tensors(value)
