@@ -1,0 +1,84 @@
+"""Checked-in tile sizes, and the choice between the Triton kernel and cuDNN.
+
+Nothing is timed at run time: same input, same bits. Every entry comes from register, shared-memory and
+traffic counts (benchmarks/NOTES.md) and none was measured yet; `make gpu` prints both times per bucket.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Tile of the implicit matrix product: output cells, output channels, input channels."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class FewConfig:
+    """Tile of the few-output-channel kernel: map cells (y, x), taps per product, input channels."""
+
+    tile_y: int
+    tile_x: int
+    slots: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the choice depends on. Channels are per group; `rows` = output cells of all samples."""
+
+    c_in: int
+    c_out: int
+    groups: int
+    rows: int
+    item_bytes: int
+    exact_float32: bool
+    covering: int  # pooling windows over one map cell; 0 without a fused unpool
+    windows: bool
+
+
+def _power_of_two(value: int, low: int, high: int) -> int:
+    return min(high, max(low, 1 << math.ceil(math.log2(max(value, 1)))))
+
+
+def gemm_config(problem: Problem) -> GemmConfig:
+    """Tile sizes for the implicit matrix product, by output channels and element size."""
+    half = problem.item_bytes == 2
+    block_k = _power_of_two(problem.c_in, 16, 64 if half else 32)
+    block_n = _power_of_two(problem.c_out, 16, 128 if half else 64)
+    if problem.exact_float32:
+        return GemmConfig(64, min(block_n, 64), min(block_k, 16), 4, 2)
+    few_rows = problem.rows < 128 * 132  # not one full tile per multiprocessor: smaller tiles fill the card
+    stages = 3 if problem.covering <= 1 else 2  # every covering window has its own staged tiles
+    block_m, warps = (64, 4) if few_rows else (128, 8)
+    return GemmConfig(block_m, block_n, block_k, warps, stages)
+
+
+def few_config(problem: Problem, reach: Pair) -> FewConfig:
+    """Tile sizes for at most four output channels; `reach` = cells from a phase's first tap to its last."""
+    tile_y = _power_of_two(2 * reach[0] + 1, 8, 1024)
+    tile_x = _power_of_two(2 * reach[1] + 1, 32, 1024)
+    half = problem.item_bytes == 2
+    block_k = _power_of_two(problem.c_in, 16, 64 if half else 32)
+    return FewConfig(tile_y, tile_x, 8, block_k, 8, 1)
+
+
+def prefer_triton(problem: Problem) -> bool:
+    """Whether the Triton kernel is the default; otherwise unpool and rectify with our kernel, then cuDNN."""
+    if problem.groups == 1 and problem.c_out <= 4:
+        return True
+    if problem.exact_float32 or problem.c_in < 16 or problem.c_out < 16:
+        return False
+    return problem.windows or (problem.covering == 1 and problem.c_in * problem.c_out <= 128 * 128)
