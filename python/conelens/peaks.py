@@ -1,0 +1,260 @@
+"""The strongest activations of every channel over a data set, as a small table that merges in any order."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from conelens import ops
+from conelens.errors import ArgumentError, CheckpointError, DataError
+from conelens.execution import forward_whole
+from conelens.network import Network
+
+DISTINCT = ("image", "none")
+EMPTY = -1
+_FIELDS = ("value", "image", "y", "x")
+
+
+class Peak(NamedTuple):
+    """One activation: index of the image, activity, and place (y, x) on the layer's map."""
+
+    image: int
+    value: float
+    y: int
+    x: int
+
+
+@dataclass
+class LayerPeaks:
+    """The k strongest peaks of every channel: value [C, k] float32, image [C, k] int64 (-1: none), y and x [C, k] int32."""
+
+    value: np.ndarray
+    image: np.ndarray
+    y: np.ndarray
+    x: np.ndarray
+
+    @classmethod
+    def empty(cls, channels: int, k: int) -> LayerPeaks:
+        shape = (channels, k)
+        return cls(
+            np.zeros(shape, np.float32), np.full(shape, EMPTY, np.int64), np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        )
+
+    def best(self, k: int, distinct: str) -> LayerPeaks:
+        """The k strongest, ordered by (value descending, image, y, x); one per image when ``distinct`` is "image"."""
+        missing = self.image == EMPTY
+        order = np.lexsort((self.x, self.y, self.image, -self.value, missing), axis=-1)
+        sorted_ = self._take(order)
+        same = sorted_.image[:, :, None] == sorted_.image[:, None, :]
+        if distinct == "none":
+            for name in ("y", "x"):
+                field = getattr(sorted_, name)
+                same &= field[:, :, None] == field[:, None, :]
+        earlier = np.tril(np.ones(same.shape[1:], bool), -1)
+        repeated = (same & earlier).any(2) | (sorted_.image == EMPTY)
+        kept = np.argsort(repeated, axis=-1, kind="stable")[:, :k]
+        result = sorted_._take(kept)
+        result._clear(np.take_along_axis(repeated, kept, -1))
+        return result
+
+    def joined(self, other: LayerPeaks) -> LayerPeaks:
+        return LayerPeaks(*(np.concatenate([getattr(self, f), getattr(other, f)], 1) for f in _FIELDS))
+
+    def _take(self, order: np.ndarray) -> LayerPeaks:
+        return LayerPeaks(*(np.take_along_axis(getattr(self, f), order, -1) for f in _FIELDS))
+
+    def _clear(self, where: np.ndarray) -> None:
+        for name, blank in zip(_FIELDS, (0, EMPTY, 0, 0), strict=True):
+            getattr(self, name)[where] = blank
+
+
+class PeakTable:
+    """The k strongest peaks per channel of some layers over some images.
+
+    ``a + b`` merges tables of disjoint images; it is associative and does not depend on order, so a data set may be cut in any
+    way. Ties are ordered by image, then y, then x. Only positive activity counts: a channel that never fires has no peaks.
+    ``seen`` images went in.
+    """
+
+    def __init__(self, layers: dict[str, LayerPeaks], k: int, distinct: str, seen: int = 0) -> None:
+        self.layers = layers
+        self.k = k
+        self.distinct = distinct
+        self.seen = seen
+
+    def top(self, layer: str, channel: int, k: int | None = None) -> list[Peak]:
+        """The strongest peaks of a channel, best first; fewer than k where it fired in fewer images."""
+        if layer not in self.layers:
+            raise ArgumentError(f"layer: got {layer!r}, wanted one of {', '.join(self.layers)} (the layers of this table)")
+        peaks = self.layers[layer]
+        if not 0 <= channel < len(peaks.value):
+            raise ArgumentError(f"channel: got {channel}, wanted 0..{len(peaks.value) - 1} ({layer} has {len(peaks.value)})")
+        if k is not None and not 1 <= k <= self.k:
+            raise ArgumentError(f"k: got {k}, wanted 1..{self.k} (what this table holds)")
+        columns = zip(*(getattr(peaks, f)[channel, : k or self.k].tolist() for f in _FIELDS), strict=True)
+        return [Peak(image, value, y, x) for value, image, y, x in columns if image != EMPTY]
+
+    def __add__(self, other: PeakTable) -> PeakTable:
+        if not isinstance(other, PeakTable):
+            return NotImplemented
+        mine, theirs = ((t.k, t.distinct, {n: len(p.value) for n, p in t.layers.items()}) for t in (self, other))
+        if mine != theirs:
+            raise ArgumentError(f"tables differ in k, distinct or layers: {mine} and {theirs}; merge tables of one kind")
+        layers = {name: peaks.joined(other.layers[name]).best(self.k, self.distinct) for name, peaks in self.layers.items()}
+        return PeakTable(layers, self.k, self.distinct, self.seen + other.seen)
+
+    def save(self, path: str | Path) -> None:
+        """Write the table as safetensors; the old file stays whole until the new one is complete."""
+        from safetensors.numpy import save_file
+
+        arrays = {f"{name}\n{f}": np.ascontiguousarray(getattr(p, f)) for name, p in self.layers.items() for f in _FIELDS}
+        about = {"format": "conelens.PeakTable 1", "k": str(self.k), "distinct": self.distinct, "seen": str(self.seen)}
+        target = Path(path)
+        part = target.with_name(target.name + ".part")
+        try:
+            save_file(arrays, part, {"conelens": json.dumps(about), "layers": json.dumps(list(self.layers))})
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> PeakTable:
+        """Read a table that :meth:`save` wrote; CheckpointError when it is none."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "numpy") as file:
+                metadata = file.metadata() or {}
+                about = json.loads(metadata["conelens"])
+                layers = {
+                    name: LayerPeaks(*(file.get_tensor(f"{name}\n{f}") for f in _FIELDS)) for name in json.loads(metadata["layers"])
+                }
+                if about["format"] != "conelens.PeakTable 1" or about["distinct"] not in DISTINCT:
+                    raise KeyError(about["format"])
+                return cls(layers, int(about["k"]), about["distinct"], int(about["seen"]))
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            raise CheckpointError(f"{path}: no peak table that this version can read ({error})") from error
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a long job; ``table`` holds what is done and can be passed as ``resume``."""
+
+    def __init__(self, table: PeakTable) -> None:
+        super().__init__(f"interrupted after {table.seen} images")
+        self.table = table
+
+
+def top_peaks(
+    net: Network, dataset: Tensor | Sequence[Tensor], layers: Sequence[str], k: int = 9, distinct: str = "image", *,
+    batch_size: int = 16, progress: Callable[[int, int], None] | None = None, resume: PeakTable | None = None,
+) -> PeakTable:  # fmt: skip
+    """One pass over a data set: the k strongest activations of every channel of ``layers``.
+
+    Args:
+        net: from :func:`conelens.trace`.
+        dataset: tensor [N, C, H, W], or a sequence of tensors [C, H, W] in the network's input space. An item that raises
+            DataError or holds NaN is named in a warning and skipped; its index stays unused.
+        layers: names or aliases.
+        k: peaks kept per channel.
+        distinct: "image": one peak per image and channel (the maximum); "none": the k strongest places whatever their image.
+        batch_size: images per forward pass.
+        progress: called with (images done, images in all) after each batch.
+        resume: a table of the leading ``resume.seen`` images, to go on from.
+
+    Raises:
+        Interrupted: on Ctrl-C, with the table of what is done.
+        ArgumentError, LayerError.
+    """
+    if distinct not in DISTINCT:
+        raise ArgumentError(f"distinct: got {distinct!r}, wanted one of {', '.join(DISTINCT)}")
+    if k < 1 or batch_size < 1:
+        raise ArgumentError(f"k and batch_size: got {k} and {batch_size}, wanted at least 1")
+    nodes = {name: net.node(name) for name in layers}
+    if not nodes:
+        raise ArgumentError("layers: got none, wanted at least one name (net.layers() lists them)")
+    table = resume or PeakTable({n: LayerPeaks.empty(v.shape[0], k) for n, v in nodes.items()}, k, distinct)
+    if (table.k, table.distinct, set(table.layers)) != (k, distinct, set(nodes)):
+        raise ArgumentError("resume: that table was made with another k, distinct or other layers")
+    targets = tuple(sorted({node.index for node in nodes.values()}))
+    total = len(dataset)
+    try:
+        for start, stop, indices, images in _batches(net, dataset, table.seen, batch_size):
+            found = {}
+            if len(indices):
+                with torch.inference_mode():
+                    maps = forward_whole(net.graph, images, targets)
+                    found = {name: _peaks_of(maps[node.index], indices, k, distinct) for name, node in nodes.items()}
+            merged = {name: p.joined(found[name]).best(k, distinct) if found else p for name, p in table.layers.items()}
+            table = PeakTable(merged, k, distinct, stop)
+            if progress is not None:
+                progress(stop, total)
+    except KeyboardInterrupt:
+        raise Interrupted(table) from None
+    return table
+
+
+def _batches(
+    net: Network, dataset: Tensor | Sequence[Tensor], start: int, batch_size: int
+) -> Iterator[tuple[int, int, np.ndarray, Tensor]]:
+    """(start, stop, indices of the readable images, images), decoding one batch ahead in threads."""
+    ranges = [(at, min(at + batch_size, len(dataset))) for at in range(start, len(dataset), batch_size)]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        ahead = None
+        for position, (first, last) in enumerate(ranges):
+            items = ahead or [pool.submit(_read, dataset, i) for i in range(first, last)]
+            ahead = [pool.submit(_read, dataset, i) for i in range(*ranges[position + 1])] if position + 1 < len(ranges) else None
+            kept, images = [], []
+            for index, item in zip(range(first, last), items, strict=True):
+                try:
+                    image = item.result()
+                    net.check_images(image[None])
+                    if not bool(torch.isfinite(image).all()):
+                        raise DataError(f"image {index} holds NaN or infinity")
+                except DataError as error:
+                    warnings.warn(f"skipped: {error}", stacklevel=3)
+                    continue
+                kept.append(index)
+                images.append(image)
+            yield first, last, np.array(kept, np.int64), torch.stack(images) if images else torch.empty(0)
+
+
+def _read(dataset: Any, index: int) -> Tensor:
+    return dataset[index]
+
+
+def _peaks_of(maps: Tensor, indices: np.ndarray, k: int, distinct: str) -> LayerPeaks:
+    """Peaks of one batch of maps [N, C, H, W]: per channel N of them, or N * min(k, H * W) when not distinct."""
+    width = maps.shape[3]
+    if distinct == "image":
+        peaks = ops.channel_peaks(maps)
+        values, positions = peaks.values[..., None].float(), peaks.positions[..., None].long()
+    else:
+        values, positions = _strongest(maps.flatten(2).float(), min(k, maps.shape[2] * width))
+    if bool(torch.isnan(values).any()):
+        raise ArgumentError("the network gives NaN for finite images; its weights or their dtype overflow")
+    value, position = (t.permute(1, 0, 2).flatten(1).cpu().numpy() for t in (values, positions))
+    image = np.broadcast_to(np.repeat(indices, values.shape[2]), value.shape).copy()
+    result = LayerPeaks(
+        value.astype(np.float32), image, (position // width).astype(np.int32), (position % width).astype(np.int32)
+    )
+    result._clear(result.value <= 0)
+    return result
+
+
+def _strongest(cells: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of [N, C, M] with their places; among equals the first places, which torch.topk does not promise."""
+    least = cells.topk(k, dim=2).values[..., -1:]
+    above, equal = cells > least, cells == least
+    room = k - above.sum(2, keepdim=True)
+    chosen = above | (equal & (equal.cumsum(2) <= room))
+    positions = chosen.nonzero()[:, 2].reshape(*cells.shape[:2], k)
+    return cells.gather(2, positions), positions
