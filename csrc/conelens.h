@@ -4,6 +4,7 @@
 #ifndef CONELENS_H
 #define CONELENS_H
 
+#include "deconv2d.h"
 #include "max_pool2d_with_switches.h"
 #include "max_unpool2d.h"
 #include "types.h"
@@ -14,6 +15,7 @@ extern "C" {
 
 CONELENS_API const char* conelens_error_string(int code);
 
+CONELENS_API int conelens_deconv2d_cpu(const conelens_deconv2d_params* params, int threads);
 CONELENS_API int conelens_max_pool2d_with_switches_cpu(const conelens_max_pool2d_params* params, int threads);
 CONELENS_API int conelens_max_unpool2d_cpu(const conelens_max_unpool2d_params* params, int threads);
 CONELENS_API int conelens_max_unpool2d_backward_cpu(const conelens_max_unpool2d_params* params, int threads);

@@ -6,6 +6,7 @@
 #endif
 
 #include "conelens.h"
+#include "deconv2d/bind.h"
 #include "isa.h"
 #include "max_pool2d_with_switches/bind.h"
 #include "max_unpool2d/bind.h"
@@ -35,7 +36,7 @@ py::dict isa_report() {
 }  // namespace
 }  // namespace conelens
 
-PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
+PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   using namespace conelens;
   m.doc() = "CPU kernels of conelens. Tensors are DLPack arrays; `context` is the number of threads.";
   if (const char* error = isa_error()) throw py::import_error(error);
@@ -49,6 +50,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"));
   m.attr("openmp") = bool(CONELENS_OPENMP);
 
+  register_deconv2d<Cpu>(m, conelens_deconv2d_cpu);
   register_max_pool2d_with_switches<Cpu>(m, conelens_max_pool2d_with_switches_cpu);
   register_max_unpool2d<Cpu>(m, conelens_max_unpool2d_cpu, conelens_max_unpool2d_backward_cpu);
 }
