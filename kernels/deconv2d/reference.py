@@ -37,8 +37,7 @@ def deconv2d(
     signal = top_down_signal(y.float() if half else y, map_size, pool, switches, relu, origin)
     natural = F.conv_transpose2d(signal, weight.to(signal.dtype), None, stride, 0, 0, groups, dilation)
     if origin is None:
-        (ph, pw), (height, width), (rows, cols) = padding, output_size, natural.shape[2:]
-        out = F.pad(natural, (-pw, width + pw - cols, -ph, height + ph - rows))
+        out = cells_from(natural, padding, output_size)
     else:
         first = filter_origin(origin, pool)
         out = mask_outside(natural, first * first.new_tensor(stride) - first.new_tensor(padding), output_size)
@@ -59,6 +58,18 @@ def filter_origin(origin: Tensor, pool: Pool | None) -> Tensor:
     """[N,2] int64: map coordinate of the first cell of the window that the filter acts on."""
     first = origin.long()
     return first if pool is None else first * first.new_tensor(pool[1]) - first.new_tensor(pool[2])
+
+
+def cells_from(x: Tensor, first: Pair, size: Pair) -> Tensor:
+    """[N,C,*size]: cells of x [N,C,h,w] from cell `first` on, which may be negative; zero where x has none."""
+    pads: list[int] = []
+    for axis in (3, 2):  # F.pad wants the last axis first
+        begin, end = first[axis - 2], first[axis - 2] + size[axis - 2]
+        kept = min(max(begin, 0), x.shape[axis]), min(max(end, 0), x.shape[axis])
+        x = x.narrow(axis, kept[0], kept[1] - kept[0])
+        before = min(max(-begin, 0), size[axis - 2])
+        pads += [before, size[axis - 2] - before - (kept[1] - kept[0])]
+    return F.pad(x, pads)
 
 
 def mask_outside(x: Tensor, origin: Tensor, size: Pair) -> Tensor:

@@ -209,8 +209,37 @@ def _reference(
     return _in_layout_of(out, y)
 
 
-def _compiled(native: Native, y: Tensor, *args: Any, out: Tensor | None = None) -> Tensor:
-    raise NotImplementedError
+def _compiled(
+    native: Native,
+    y: Tensor,
+    weight: Tensor,
+    stride: Any,
+    padding: Any,
+    groups: int,
+    dilation: Any,
+    output_size: Any,
+    map_size: Any,
+    pool: Any,
+    switches: Tensor | None,
+    relu: bool,
+    origin: Tensor | None,
+    out: Tensor | None = None,
+) -> Tensor:
+    y = arguments.readable(y)
+    origin = None if origin is None else origin.contiguous()
+    if pool is not None and any(pool[i + 2] <= pool[i + 6] * (pool[i] - 1) for i in (0, 1)):
+        # overlapping windows add before the ReLU: unpool first
+        first = None if origin is None else reference.filter_origin(origin, _windows(pool))
+        y = unpool(y, switches, *_windows(pool), map_size, relu, origin, False)
+        pool, switches, relu, origin = None, None, False, first
+    if out is None:
+        out = arguments.empty(_output_shape(y, weight, stride, groups, dilation, output_size, pool, origin), y)
+    context = native.context(y.device)
+    window = (stride, padding, groups, dilation, output_size, map_size)
+    valid = native.module.deconv2d(y, weight, out, *window, pool, switches, relu, origin, context)  # type: ignore[union-attr]
+    if not valid:
+        unpool(y, switches, *_windows(pool), map_size, False, origin, True)  # names the switch
+    return out
 
 
 _OPERATOR = Operator(
@@ -243,9 +272,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     stride, padding, groups, dilation, output_size, map_size = ctx.window
     signal = _signal(y, map_size, ctx.pool, switches, ctx.relu, origin)
     if origin is None:
-        rows, cols = _natural_size(signal.shape[2:], weight.shape[2:], stride, dilation)
-        (ph, pw), (height, width) = padding, output_size
-        grad = F.pad(grad, (pw, cols - width - pw, ph, rows - height - ph))
+        natural = _natural_size(signal.shape[2:], weight.shape[2:], stride, dilation)
+        grad = reference.cells_from(grad, (-padding[0], -padding[1]), natural)
     else:
         first = reference.filter_origin(origin, ctx.pool)
         first = first * first.new_tensor(stride) - first.new_tensor(padding)
