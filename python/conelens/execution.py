@@ -31,13 +31,18 @@ def take(x: Tensor, offset: Offset, size: Pair, fill: float = 0.0, rows: Tensor 
         return _gather(x, offset, size, fill, rows)
     if rows is not None:
         x = x[rows]
-    (top, left), (height, width) = offset, size
-    bottom, right = top + height - x.shape[2], left + width - x.shape[3]
-    if top > 0 or left > 0 or bottom < 0 or right < 0:
-        x = x[:, :, max(top, 0) : top + height if bottom < 0 else None, max(left, 0) : left + width if right < 0 else None]
-    if top < 0 or left < 0 or bottom > 0 or right > 0:
-        x = F.pad(x, (max(-left, 0), max(right, 0), max(-top, 0), max(bottom, 0)), value=fill)
-    return x
+    rows_kept, above, below = _overlap(offset[0], size[0], x.shape[2])
+    columns_kept, before, after = _overlap(offset[1], size[1], x.shape[3])
+    x = x[:, :, rows_kept, columns_kept]
+    return F.pad(x, (before, after, above, below), value=fill) if above or below or before or after else x
+
+
+def _overlap(start: int, length: int, held: int) -> tuple[slice, int, int]:
+    """The part of [start, start + length) inside [0, held), and how many cells are missing before and after it."""
+    low, high = min(max(start, 0), held), max(min(start + length, held), 0)
+    if high <= low:
+        return slice(0, 0), length, 0
+    return slice(low, high), low - start, start + length - high
 
 
 def _gather(x: Tensor, offset: np.ndarray, size: Pair, fill: float, rows: Tensor | None) -> Tensor:
@@ -192,7 +197,7 @@ def _origin(place: Place) -> Offset:
 class Signal:
     """A top-down signal on its way: ``data`` plus what is still to be done, so that one kernel can do it all.
 
-    ``channel`` [U]: only this channel is non-zero (a seed). ``pool``: still to be unpooled, (node, offset) says how.
+    ``channel`` [U]: only this channel is non-zero (a seed). ``pool``: still to be unpooled.
     ``relu``: still to be rectified, after the unpooling.
     """
 
@@ -213,17 +218,17 @@ class Signal:
 
 @dataclass
 class Unpool:
-    """A pending unpooling onto a window of ``size`` whose first cell is ``offset`` cells after the first tap."""
+    """A pending unpooling onto a window of ``size``, which begins ``padding`` cells after the first tap."""
 
     op: MaxPool2d
     switches: Tensor
-    offset: Pair
+    padding: Pair
     size: Pair
 
     @property
     def geometry(self) -> tuple[Pair, Pair, Pair, Pair]:
         """(kernel, stride, padding, dilation) of the unpooling."""
-        return self.op.kernel, self.op.stride, _negative(self.offset), self.op.dilation
+        return self.op.kernel, self.op.stride, self.padding, self.op.dilation
 
     def run(self, data: Tensor, relu: bool) -> Tensor:
         return ops.max_unpool2d(data, self.switches, *self.geometry, output_size=self.size, relu=relu)
@@ -241,12 +246,10 @@ def topdown(graph: Graph, plan: ConePlan, steps: dict[int, Step], values: Tensor
             continue
         if not node.inputs:
             return signal.settle()
-        sent = _send(node.op, signal, plan, index, steps[index], graph)
-        for source, edge, part in zip(node.inputs, plan.edges[index], sent, strict=True):
+        sent = _send(graph, plan, index, signal, steps[index])
+        for source, part in zip(node.inputs, sent, strict=True):
             if part is None:
                 continue
-            if part.pool is None and part.data.shape[2:] != plan.places[source].size:
-                part = _place(part, edge.offset, plan.places[source].size)
             if plan.hangs[source] and isinstance(node.op, Conv2d | Pad):
                 mask = ~inside(plan.places[source], graph[source].size, part.data.device)
                 part.data = part.data.masked_fill(mask, 0.0)
@@ -255,44 +258,52 @@ def topdown(graph: Graph, plan: ConePlan, steps: dict[int, Step], values: Tensor
     return values.new_zeros((len(values), graph[0].shape[0], *plan.places[0].size))
 
 
-def _place(part: Signal, offset: Offset, held: Pair) -> Signal:
+def _place(data: Tensor, edge: Edge, held: Pair) -> Tensor:
     """Move a signal from the window an edge reads to the one held for its source."""
+    offset = edge.offset
     back: Offset = (-offset[0], -offset[1]) if isinstance(offset, tuple) else -offset
-    return Signal(take(part.settle(), back, held))
+    return take(data, back, held)
 
 
-def _send(op: Operator, signal: Signal, plan: ConePlan, index: int, step: Step, graph: Graph) -> list[Signal | None]:
-    """Signals for the inputs of one node, on the windows its edges read."""
-    if isinstance(op, Rectify):
+def _send(graph: Graph, plan: ConePlan, index: int, signal: Signal, step: Step) -> list[Signal | None]:
+    """Signals for the inputs of one node, on the windows held for them."""
+    op, edges = graph[index].op, plan.edges[index]
+    held = [plan.places[source].size for source in graph[index].inputs]
+    trimmed = isinstance(edges[0].offset, tuple) and max(edges[0].offset) <= 0
+    if isinstance(op, Rectify) and edges[0].offset == (0, 0) and held[0] == plan.places[index].size:
         return [Signal(signal.data, signal.channel, signal.pool, True)]
     if isinstance(op, MaxPool2d):
+        data, switches = signal.settle(), step.memo["switches"]
+        if trimmed and not plan.hangs[index]:
+            return [Signal(data, None, Unpool(op, switches, _negative(edges[0].offset), held[0]))]
         (source,) = graph[index].inputs
-        edge, held = plan.edges[index][0], plan.places[source]
-        data = signal.settle()
-        if isinstance(edge.offset, tuple) and max(edge.offset) <= 0:
-            return [Signal(data, None, Unpool(op, step.memo["switches"], edge.offset, held.size))]
-        whole = Unpool(op, step.memo["switches"], (0, 0), edge.place.size)
-        return [Signal(whole.run(data, False))]
+        origin = torch.from_numpy(plan.places[index].low).to(data.device)
+        data = ops.max_unpool2d(
+            data, switches, op.kernel, op.stride, op.padding, op.dilation, output_size=graph[source].size, origin=origin
+        )
+        return [Signal(_place(data, edges[0], held[0]))]
     if signal.channel is not None and isinstance(op, (Conv2d, Linear)):
         data = torch.relu(signal.data) if signal.relu else signal.data
         picked = data.gather(1, signal.channel[:, None, None, None])[:, 0, 0, 0]
-        return [Signal(op.project_unit(picked, signal.channel))]
+        return [Signal(_place(op.project_unit(picked, signal.channel), edges[0], held[0]))]
     if isinstance(op, Conv2d):
-        return [_through_filters(op, signal, plan.edges[index][0], plan.places[graph[index].inputs[0]].size)]
-    return [None if part is None else Signal(part) for part in op.topdown(signal.settle(), step)]
+        if trimmed:
+            return [Signal(_through_filters(op, signal, _negative(edges[0].offset), held[0]))]
+        return [Signal(_place(_through_filters(op, signal, (0, 0), edges[0].place.size), edges[0], held[0]))]
+    sent = op.topdown(signal.settle(), step)
+    return [
+        None if part is None else Signal(_place(part, edge, size)) for part, edge, size in zip(sent, edges, held, strict=True)
+    ]
 
 
-def _through_filters(op: Conv2d, signal: Signal, edge: Edge, held: Pair) -> Signal:
+def _through_filters(op: Conv2d, signal: Signal, padding: Pair, size: Pair) -> Tensor:
     """Transposed filters, with a pending unpooling and rectification done on the way in."""
     extra: dict[str, Any] = {}
     if signal.pool is not None:
         extra = {"pool": signal.pool.geometry, "switches": signal.pool.switches, "map_size": signal.pool.size}
-    trimmed = isinstance(edge.offset, tuple) and max(edge.offset) <= 0
-    padding, size = (_negative(edge.offset), held) if trimmed else ((0, 0), edge.place.size)
-    data = ops.deconv2d(
+    return ops.deconv2d(
         signal.data, op.weight, op.stride, padding, 0, op.groups, op.dilation, output_size=size, relu=signal.relu, **extra
     )
-    return Signal(data)
 
 
 def _negative(offset: Offset) -> Pair:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from conelens import ops
+from conelens.data import ImageDataset, iter_batches
 from conelens.errors import ArgumentError, CheckpointError, DataError
 from conelens.execution import forward_whole
 from conelens.network import Network
@@ -154,14 +154,14 @@ class Interrupted(KeyboardInterrupt):
 
 
 def top_peaks(
-    net: Network, dataset: Tensor | Sequence[Tensor], layers: Sequence[str], k: int = 9, distinct: str = "image", *,
+    net: Network, dataset: Tensor | ImageDataset, layers: Sequence[str], k: int = 9, distinct: str = "image", *,
     batch_size: int = 16, progress: Callable[[int, int], None] | None = None, resume: PeakTable | None = None,
 ) -> PeakTable:  # fmt: skip
     """One pass over a data set: the k strongest activations of every channel of ``layers``.
 
     Args:
         net: from :func:`conelens.trace`.
-        dataset: tensor [N, C, H, W], or a sequence of tensors [C, H, W] in the network's input space. An item that raises
+        dataset: tensor [N, C, H, W], or anything with ``len`` and items [C, H, W] in the network's input space. An item that raises
             DataError or holds NaN is named in a warning and skipped; its index stays unused.
         layers: names or aliases.
         k: peaks kept per channel.
@@ -185,50 +185,43 @@ def top_peaks(
     if (table.k, table.distinct, set(table.layers)) != (k, distinct, set(nodes)):
         raise ArgumentError("resume: that table was made with another k, distinct or other layers")
     targets = tuple(sorted({node.index for node in nodes.values()}))
-    total = len(dataset)
+    rest = _Remaining(net, dataset, table.seen)
     try:
-        for start, stop, indices, images in _batches(net, dataset, table.seen, batch_size):
-            found = {}
-            if len(indices):
-                with torch.inference_mode():
-                    maps = forward_whole(net.graph, images, targets)
-                    found = {name: _peaks_of(maps[node.index], indices, k, distinct) for name, node in nodes.items()}
-            merged = {name: p.joined(found[name]).best(k, distinct) if found else p for name, p in table.layers.items()}
-            table = PeakTable(merged, k, distinct, stop)
+        for batch in iter_batches(rest, batch_size, on_problem=_warn_skipped):
+            with torch.inference_mode():
+                maps = forward_whole(net.graph, batch.images, targets)
+                indices = np.array(batch.indices) + rest.start
+                found = {name: _peaks_of(maps[node.index], indices, k, distinct) for name, node in nodes.items()}
+            merged = {name: peaks.joined(found[name]).best(k, distinct) for name, peaks in table.layers.items()}
+            table = PeakTable(merged, k, distinct, int(indices[-1]) + 1)
             if progress is not None:
-                progress(stop, total)
+                progress(table.seen, len(dataset))
     except KeyboardInterrupt:
         raise Interrupted(table) from None
-    return table
+    return PeakTable(table.layers, k, distinct, len(dataset))
 
 
-def _batches(
-    net: Network, dataset: Tensor | Sequence[Tensor], start: int, batch_size: int
-) -> Iterator[tuple[int, int, np.ndarray, Tensor]]:
-    """(start, stop, indices of the readable images, images), decoding one batch ahead in threads."""
-    ranges = [(at, min(at + batch_size, len(dataset))) for at in range(start, len(dataset), batch_size)]
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        ahead = None
-        for position, (first, last) in enumerate(ranges):
-            items = ahead or [pool.submit(_read, dataset, i) for i in range(first, last)]
-            ahead = [pool.submit(_read, dataset, i) for i in range(*ranges[position + 1])] if position + 1 < len(ranges) else None
-            kept, images = [], []
-            for index, item in zip(range(first, last), items, strict=True):
-                try:
-                    image = item.result()
-                    net.check_images(image[None])
-                    if not bool(torch.isfinite(image).all()):
-                        raise DataError(f"image {index} holds NaN or infinity")
-                except DataError as error:
-                    warnings.warn(f"skipped: {error}", stacklevel=3)
-                    continue
-                kept.append(index)
-                images.append(image)
-            yield first, last, np.array(kept, np.int64), torch.stack(images) if images else torch.empty(0)
+class _Remaining:
+    """The items of a data set from ``start`` on, checked against the network."""
+
+    def __init__(self, net: Network, dataset: Tensor | ImageDataset, start: int) -> None:
+        self.net = net
+        self.dataset = dataset
+        self.start = start
+
+    def __len__(self) -> int:
+        return max(0, len(self.dataset) - self.start)
+
+    def __getitem__(self, index: int) -> Tensor:
+        image = self.dataset[self.start + index].to(self.net.device)
+        self.net.check_images(image[None])
+        if not bool(torch.isfinite(image).all()):
+            raise DataError(f"image {self.start + index} holds NaN or infinity")
+        return image
 
 
-def _read(dataset: Any, index: int) -> Tensor:
-    return dataset[index]
+def _warn_skipped(index: int, error: DataError) -> None:
+    warnings.warn(f"skipped: {error}", stacklevel=2)
 
 
 def _peaks_of(maps: Tensor, indices: np.ndarray, k: int, distinct: str) -> LayerPeaks:

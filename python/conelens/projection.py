@@ -169,7 +169,7 @@ def _units(
         where = np.broadcast_to(where, (units, 2))
         _check_range("position y", where[:, 0], node.shape[1], f"layer {node.name}")
         _check_range("position x", where[:, 1], node.shape[2], f"layer {node.name}")
-    return np.ascontiguousarray(rows), np.ascontiguousarray(channels), where
+    return rows.copy(), channels.copy(), where
 
 
 def _integers(name: str, value: Any, most: int) -> np.ndarray | None:
