@@ -4,11 +4,10 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
-#if defined(__F16C__) || defined(__SSE2__)
-#include <immintrin.h>
-#endif
+#include "dtype.h"
 
 namespace conelens {
 namespace {  // internal linkage: each ISA's objects keep their own copy
@@ -106,6 +105,76 @@ struct IntOfBytes<8> {
 };
 template <class T>
 using IntLike = typename IntOfBytes<sizeof(T)>::type;
+
+// Runs body(Lanes<n>{}, first) over `count` items in vectors of n = `lanes`, of fewer where they fill none; the last
+// vector overlaps its neighbour, so that the body must only write what it computes afresh.
+template <int n>
+struct Lanes {
+  static constexpr int value = n;
+};
+constexpr int kFewestLanes = 4;
+template <int lanes, class Body>
+CONELENS_INLINE void in_vectors(int64_t count, const Body& body) {
+  if constexpr (lanes >= kFewestLanes) {
+    if (count < lanes) return in_vectors<lanes / 2>(count, body);
+    int64_t i = 0;
+    for (; i + lanes <= count; i += lanes) body(Lanes<lanes>{}, i);
+    if (i < count) body(Lanes<lanes>{}, count - lanes);
+  } else {
+    for (int64_t i = 0; i < count; ++i) body(Lanes<1>{}, i);
+  }
+}
+
+// --- 16-bit floats, as bits in memory, to and from float lanes ---
+
+template <class T, int n>
+CONELENS_INLINE Vec<float, n> widen(const int16_t* from) {
+  if constexpr (n == 1) {
+    return to_float(T{static_cast<uint16_t>(*from)});
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    const auto bits = convert<uint32_t, n>(load_vec<Vec<uint16_t, n>>(from)) << 16;
+    return (Vec<float, n>)bits;
+#if defined(__AVX512F__)
+  } else if constexpr (n == 16) {
+    return (Vec<float, n>)_mm512_cvtph_ps(load_vec<__m256i>(from));
+#endif
+#if defined(__F16C__)
+  } else if constexpr (n == 8) {
+    return (Vec<float, n>)_mm256_cvtph_ps(load_vec<__m128i>(from));
+  } else if constexpr (n == 4) {
+    __m128i bits = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    return (Vec<float, n>)_mm_cvtph_ps(bits);
+#endif
+  } else {
+    Vec<float, n> v;
+    for (int i = 0; i < n; ++i) v[i] = to_float(T{static_cast<uint16_t>(from[i])});
+    return v;
+  }
+}
+
+template <class T, int n>
+CONELENS_INLINE Vec<int16_t, n> narrow(const Vec<float, n>& v) {
+  if constexpr (n == 1) {
+    return static_cast<int16_t>(Element<T>::store(v).bits);
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    using Bits = Vec<uint32_t, n>;
+    const Bits bits = (Bits)v;
+    const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return convert<int16_t, n>(v != v ? (bits >> 16) | 0x40u : rounded);
+#if defined(__AVX512F__)
+  } else if constexpr (n == 16) {
+    return (Vec<int16_t, n>)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#endif
+#if defined(__F16C__)
+  } else if constexpr (n == 8) {
+    return (Vec<int16_t, n>)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#endif
+  } else {
+    Vec<int16_t, n> bits;
+    for (int i = 0; i < n; ++i) bits[i] = static_cast<int16_t>(Element<T>::store(v[i]).bits);
+    return bits;
+  }
+}
 
 }  // namespace
 }  // namespace conelens

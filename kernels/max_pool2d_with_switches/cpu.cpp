@@ -109,27 +109,8 @@ CONELENS_INLINE void pool_windows(const Taps& taps, bool relu, const Load& load,
 
 template <class T>
 constexpr int full_lanes = kVectorBytes / static_cast<int>(sizeof(T));
-constexpr int kFewestLanes = 4;
 
-// A run of `count` windows in vectors of `lanes`, fewer where they do not fill one; the last vector overlaps its
-// neighbour. body(std::integral_constant-like lanes, first) works at `first`.
-template <int n>
-struct Lanes {
-  static constexpr int value = n;
-};
-template <int lanes, class Body>
-CONELENS_INLINE void in_vectors(int64_t count, const Body& body) {
-  if constexpr (lanes >= kFewestLanes) {
-    if (count < lanes) return in_vectors<lanes / 2>(count, body);
-    int64_t i = 0;
-    for (; i + lanes <= count; i += lanes) body(Lanes<lanes>{}, i);
-    if (i < count) body(Lanes<lanes>{}, count - lanes);
-  } else {
-    for (int64_t i = 0; i < count; ++i) body(Lanes<1>{}, i);
-  }
-}
-
-// --- columns side by side --------------------------------------------------------------------------------------------
+// --- columns side by side ---------------------------------------------------------------------------------------------
 
 // One row of pooled cells. `x` is the input map's first cell of this plane.
 template <class T, int step, int fixed_width>
@@ -192,7 +173,7 @@ void pool_planes(const Params& p, int threads) {
   });
 }
 
-// --- channels side by side -------------------------------------------------------------------------------------------
+// --- channels side by side --------------------------------------------------------------------------------------------
 
 template <class T>
 void pool_channels(const Params& p, int threads) {
