@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from conelens.cone import ConePlan
-from conelens.execution import _origin, take, topdown
+from conelens.execution import take, topdown
 from conelens.graph import Graph
 from conelens.operators import MaxPool2d, Step, inside
 
@@ -34,7 +34,7 @@ class TieProbe:
             if index in self.plan.places:
                 place = self.plan.edges[index][0].place
                 op = self.graph[index].op
-                self._windows[index] = take(x, _origin(place), place.size, op.outside, rows)
+                self._windows[index] = take(x, place.origin, place.size, op.outside, rows)
 
     def report(self, steps: dict[int, Step], values: Tensor, channels: Tensor, windows: Tensor) -> tuple[Tensor, Tensor]:
         """(near ties [U] int64, relative change of the projection [U] when they all flip)."""

@@ -5,7 +5,7 @@ One kernel sequence per layer whatever the number of units: windows of all units
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conelens import ops
-from conelens.cone import ConePlan, Edge, Offset
+from conelens.cone import ConePlan, Edge
+from conelens.errors import ArgumentError
 from conelens.graph import Graph
-from conelens.operators import Conv2d, Linear, MaxPool2d, Operator, Pad, Pair, Place, Rectify, Step, inside
+from conelens.operators import Conv2d, Linear, MaxPool2d, Offset, Operator, Pad, Pair, Rectify, Step, inside
 
 Observer = Callable[[int, Tensor], None]
 
@@ -59,22 +60,35 @@ def _gather(x: Tensor, offset: np.ndarray, size: Pair, fill: float, rows: Tensor
     return windows if bool(mask.all()) else windows.masked_fill(~mask, fill)
 
 
-def fused_rectifiers(graph: Graph, readers: dict[int, list[int]], kept: Collection[int]) -> set[int]:
-    """ReLU nodes that only max pools read, so that the pooling kernel can rectify on the fly."""
-    return {
-        index
-        for index, consumers in readers.items()
-        if isinstance(graph[index].op, Rectify)
-        and index not in kept
-        and consumers
-        and all(isinstance(graph[c].op, MaxPool2d) for c in consumers)
-    }
+@dataclass(frozen=True)
+class Schedule:
+    """What is known before a forward pass: the order, and which tensors may be overwritten, fused or dropped."""
+
+    order: list[int]
+    fused: set[int]  # ReLUs that only max pools read: the pooling kernel rectifies
+    in_place: set[int]  # ReLUs that may overwrite a fresh tensor nobody else reads
+    last_reads: dict[int, list[int]]  # node → the values that nobody reads after it
 
 
-def _rectify_in_place(graph: Graph, index: int, readers: dict[int, list[int]], kept: Collection[int]) -> bool:
-    """May the ReLU overwrite its input? Only a fresh tensor that nobody else reads."""
-    (source,) = graph[index].inputs
-    return isinstance(graph[source].op, Conv2d) and len(readers[source]) == 1 and source not in kept
+def _schedule(graph: Graph, targets: tuple[int, ...], observed: bool) -> Schedule:
+    def make() -> Schedule:
+        order, readers = graph.ancestors(targets), graph.consumers(targets)
+        fused, in_place = set(), set()
+        last_reads: dict[int, list[int]] = {index: [] for index in order}
+        for index, consumers in readers.items():
+            if consumers and index not in targets:
+                last_reads[max(consumers)].append(index)
+            if not isinstance(graph[index].op, Rectify):
+                continue
+            (source,) = graph[index].inputs
+            pools_only = bool(consumers) and all(isinstance(graph[c].op, MaxPool2d) for c in consumers)
+            if pools_only and index not in targets and not observed:
+                fused.add(index)
+            elif isinstance(graph[source].op, Conv2d) and len(readers[source]) == 1 and source not in targets:
+                in_place.add(index)
+        return Schedule(order, fused, in_place, last_reads)
+
+    return graph.remember(("schedule", targets, observed), make)
 
 
 def forward_whole(
@@ -85,32 +99,28 @@ def forward_whole(
 
     ``observe(node, input map)`` sees every max pool's input and every map that a gradient rule or a gate has to remember.
     """  # fmt: skip
-    order, readers = graph.ancestors(targets), graph.consumers(targets)
-    skipped = fused_rectifiers(graph, readers, targets) if observe is None else set()
-    pending = {index: len(consumers) for index, consumers in readers.items()}
+    schedule = _schedule(graph, targets, observe is not None)
     values: dict[int, Tensor] = {}
-    for index in order:
+    for index in schedule.order:
         node, op = graph[index], graph[index].op
         inputs = [values[i] for i in node.inputs]
         if not node.inputs:
-            value = images
-        elif index in skipped:
+            value = _finite(images)
+        elif index in schedule.fused:
             value = inputs[0]
         elif isinstance(op, MaxPool2d):
-            value, chosen = op.pool(inputs[0], True, relu=node.inputs[0] in skipped)
+            value, chosen = op.pool(inputs[0], True, relu=node.inputs[0] in schedule.fused)
             if switches is not None:
                 switches[index] = chosen
-        elif isinstance(op, Rectify) and _rectify_in_place(graph, index, readers, targets):
+        elif index in schedule.in_place:
             value = torch.relu_(inputs[0])
         else:
             value = op.forward(inputs, None)
         if observe is not None and inputs:
             observe(index, inputs[-1])
         values[index] = value
-        for source in node.inputs:
-            pending[source] -= 1
-            if not pending[source] and source not in targets:
-                del values[source]
+        for source in schedule.last_reads[index]:
+            del values[source]
     return {target: values[target] for target in targets}
 
 
@@ -118,22 +128,16 @@ def forward_cone(
     graph: Graph, plan: ConePlan, images: Tensor, rows: Tensor | None, *, observe: Observer | None = None
 ) -> tuple[Tensor, dict[int, Step]]:
     """Forward pass on the windows of ``plan``; returns the target's [U, C, 1, 1] and the steps the top-down pass needs."""
-    readers = graph.consumers((plan.target,))
-    kept = (plan.target,)
-    skipped = fused_rectifiers(graph, readers, kept) if observe is None else set()
-    pending = {index: len(consumers) for index, consumers in readers.items()}
+    schedule = _schedule(graph, (plan.target,), observe is not None)
     values: dict[int, Tensor] = {}
     steps: dict[int, Step] = {}
     for index in plan.order:
         node, op, place, edges = graph[index], graph[index].op, plan.places[index], plan.edges[index]
         if not node.inputs:
-            origin = place.low
-            uniform = len(origin) == 1 or bool((origin == origin[0]).all())
-            offset: Offset = (int(origin[0, 0]), int(origin[0, 1])) if uniform else origin
-            values[index] = take(images, offset, place.size, rows=rows)
+            values[index] = _finite(take(images, place.origin, place.size, rows=rows))
             continue
         steps[index] = step = Step([edge.place for edge in edges], place)
-        rectify = skipped.issuperset(node.inputs)
+        rectify = node.inputs[0] in schedule.fused
         inputs = []
         for source, edge in zip(node.inputs, edges, strict=True):
             x = values[source]
@@ -143,11 +147,11 @@ def forward_cone(
                 if plan.hangs[source]:
                     x = x.masked_fill(~inside(plan.places[source], graph[source].size, x.device), op.outside)
             inputs.append(take(x, edge.offset, edge.place.size, op.outside))
-        if index in skipped:
+        if index in schedule.fused:
             value = inputs[0]
         elif isinstance(op, MaxPool2d):
             value, step.memo["switches"] = op.pool(inputs[0], False, relu=rectify)
-        elif isinstance(op, Rectify) and _rectify_in_place(graph, index, readers, kept):
+        elif index in schedule.in_place:
             value = torch.relu_(inputs[0])
         else:
             value = op.forward(inputs, step)
@@ -156,17 +160,22 @@ def forward_cone(
         if observe is not None:
             observe(index, inputs[-1])
         values[index] = value
-        for source in node.inputs:
-            pending[source] -= 1
-            if not pending[source]:
-                del values[source]
+        for source in schedule.last_reads[index]:
+            del values[source]
     return values[plan.target], steps
+
+
+def _finite(windows: Tensor) -> Tensor:
+    if not bool(torch.isfinite(windows).all()):
+        raise ArgumentError("images: the pixels a unit sees hold NaN or infinity; clean the data first")
+    return windows
 
 
 def _pads(offset: Offset, size: Pair, held: Pair) -> bool:
     """Does a window leave the one held for its source?"""
-    low, high = np.min(np.atleast_2d(offset), 0), np.max(np.atleast_2d(offset), 0)
-    return bool((low < 0).any() or (high + size > np.asarray(held)).any())
+    if isinstance(offset, tuple):
+        return min(offset) < 0 or offset[0] + size[0] > held[0] or offset[1] + size[1] > held[1]
+    return bool((offset < 0).any() or (offset + size > np.asarray(held)).any())
 
 
 def steps_from_whole(
@@ -178,19 +187,12 @@ def steps_from_whole(
         node, op, place = graph[index], graph[index].op, plan.places[index]
         steps[index] = step = Step([edge.place for edge in plan.edges[index]], place)
         if isinstance(op, MaxPool2d):
-            step.memo["switches"] = take(switches[index], _origin(place), place.size, rows=rows)
+            step.memo["switches"] = take(switches[index], place.origin, place.size, rows=rows)
         elif index in memory:
             key = "gate" if op.kind == "gate" else "input"
             held = plan.edges[index][-1].place
-            step.memo[key] = take(memory[index], _origin(held), held.size, rows=rows)
+            step.memo[key] = take(memory[index], held.origin, held.size, rows=rows)
     return steps
-
-
-def _origin(place: Place) -> Offset:
-    low = place.low
-    if len(low) == 1 or (low == low[0]).all():
-        return int(low[0, 0]), int(low[0, 1])
-    return low
 
 
 @dataclass

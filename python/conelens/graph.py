@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from functools import cached_property
+from typing import Any, TypeVar
 
 from conelens.operators import Operator
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -31,6 +34,7 @@ class Graph:
     def __init__(self) -> None:
         self.nodes: list[Node] = []
         self.outputs: list[int] = []
+        self._memo: dict[Hashable, Any] = {}
 
     def add(self, op: Operator, inputs: tuple[int, ...], shape: tuple[int, int, int], vector: bool = False) -> Node:
         node = Node(len(self.nodes), op, inputs, shape, vector)
@@ -45,17 +49,20 @@ class Graph:
 
     def ancestors(self, targets: tuple[int, ...]) -> list[int]:
         """Indices of ``targets`` and all they depend on, in topological order (memoised: a graph never changes)."""
-        if targets not in self._ancestors:
+        def find() -> list[int]:
             needed = set(targets)
             for index in range(max(targets), -1, -1):
                 if index in needed:
                     needed.update(self.nodes[index].inputs)
-            self._ancestors[targets] = sorted(needed)
-        return self._ancestors[targets]
+            return sorted(needed)
 
-    @cached_property
-    def _ancestors(self) -> dict[tuple[int, ...], list[int]]:
-        return {}
+        return self.remember(("ancestors", targets), find)
+
+    def remember(self, key: Hashable, make: Callable[[], T]) -> T:
+        """A value that depends on the finished graph alone, made once."""
+        if key not in self._memo:
+            self._memo[key] = make()
+        return self._memo[key]
 
     def consumers(self, targets: tuple[int, ...]) -> dict[int, list[int]]:
         """For each ancestor of ``targets``: the ancestors that read it, once per edge."""

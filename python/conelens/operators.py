@@ -20,15 +20,38 @@ from conelens import ops
 from conelens.errors import UnsupportedOperatorError
 
 Pair = tuple[int, int]
+Offset = Pair | np.ndarray  # one (y, x) for all units, or [U, 2]
 Bound = Any  # int or np.ndarray of int64: the interval algebra is the same for one unit and for many
 
 
-@dataclass
 class Place:
-    """Where a window lies: ``low`` [U, 2] is the map coordinate of its first cell; ``size`` its height and width."""
+    """Where the windows of a batch of units lie: ``low`` [U, 2], the map coordinate of their first cell, and their ``size``.
 
-    low: np.ndarray
-    size: Pair
+    ``low`` may be given as (base, stride, positions): most callers of the interior route never ask for it.
+    """
+
+    __slots__ = ("_low", "_moved", "size")
+
+    def __init__(self, low: np.ndarray | None, size: Pair, moved: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None) -> None:
+        self._low = low
+        self._moved = moved
+        self.size = size
+
+    @property
+    def low(self) -> np.ndarray:
+        if self._low is None:
+            assert self._moved is not None
+            base, stride, positions = self._moved
+            self._low = base + stride * positions
+        return self._low
+
+    @property
+    def origin(self) -> Offset:
+        """(y, x) when all units share it, else ``low``."""
+        low = self.low
+        if len(low) == 1 or (low == low[0]).all():
+            return int(low[0, 0]), int(low[0, 1])
+        return low
 
 
 @dataclass
@@ -46,6 +69,8 @@ class Operator:
     kind: ClassVar[str] = "operator"
     keeps_zero: ClassVar[bool] = True  # a zero cell outside the map stays zero
     outside: ClassVar[float] = 0.0  # what cells outside the map count as
+
+    translates: bool = True  # ``reach`` moves with the output cell, whatever the size of the map
 
     def reach(self, edge: int, axis: int, low: Bound, high: Bound, in_size: int) -> tuple[Bound, Bound]:
         """Half-open interval of input ``edge`` that output cells ``[low, high)`` read along ``axis``, not clipped to the map."""
@@ -208,6 +233,10 @@ class Spatial(Operator):
     window: tuple[Pair, Pair, Pair] | None = None
     kind: str = "spatial"  # type: ignore[misc]
     keeps_zero = True  # rows outside the map are zero
+
+    @property
+    def translates(self) -> bool:  # type: ignore[override]
+        return self.window is not None
 
     def __post_init__(self) -> None:
         self._extent: list[tuple[np.ndarray, np.ndarray]] = []
@@ -389,6 +418,10 @@ class Gate(Operator):
     rule: str | None
     kind = "gate"
 
+    @property
+    def translates(self) -> bool:  # type: ignore[override]
+        return all(self.spatial)
+
     def reach(self, edge: int, axis: int, low: Bound, high: Bound, in_size: int) -> tuple[Bound, Bound]:
         return (low, high) if edge == 0 or self.spatial[axis] else (low * 0, low * 0 + 1)
 
@@ -466,6 +499,7 @@ class Flatten(Operator):
 
     shape: tuple[int, int, int]
     kind = "flatten"
+    translates = False
 
     def reach(self, edge: int, axis: int, low: Bound, high: Bound, in_size: int) -> tuple[Bound, Bound]:
         return low * 0, low * 0 + in_size

@@ -114,15 +114,12 @@ def project(
     if route not in ROUTES:
         raise ArgumentError(f"route: got {route!r}, wanted one of {', '.join(ROUTES)}")
     rows, channels, places = _units(net, node, images, channel, position, image)
-    bad = ~torch.isfinite(images).flatten(1).all(1)
-    if bool(bad.any()):
-        raise ArgumentError(f"images: image {int(bad.nonzero()[0])} holds NaN or infinity; clean the data first")
     with torch.inference_mode():
         if len(rows) == 0:
             return _empty(net, node, images, certify)
         if places is None and route == "cone":
             places = _peaks(net, node, images, rows, channels)
-        if places is None or route == "full" or (route == "auto" and choose_route(net.graph, node.index, places, rows) == "full"):
+        if places is None or route == "full" or (route == "auto" and choose_route(net.graph, node.index, rows) == "full"):
             batches, places = _full(net, node, images, rows, channels, places, certify)
         else:
             batches = _cones(net, node, images, rows, channels, places, certify)
@@ -205,7 +202,7 @@ def _cones(
 ) -> list[_Batch]:
     """Forward and top-down on the cones of known positions."""
     batches = []
-    for start, stop in units_per_chunk(net.graph, node.index, places):
+    for start, stop in units_per_chunk(net.graph, node.index, len(places)):
         plan = plan_cone(net.graph, node.index, places[start:stop])
         probe = TieProbe(net.graph, plan) if certify else None
         picked = _picked(rows[start:stop], images)
@@ -250,7 +247,7 @@ def _full(
         if places is None:
             positions = ops.channel_peaks(maps).positions.cpu().numpy()[local, channels[units]].astype(np.int64)
             found[units] = np.stack([positions // node.shape[2], positions % node.shape[2]], 1)
-        for start, stop in units_per_chunk(graph, node.index, found[units]):
+        for start, stop in units_per_chunk(graph, node.index, len(units)):
             chunk = units[start:stop]
             plan = plan_cone(graph, node.index, found[chunk])
             picked = torch.from_numpy(local[start:stop]).to(images.device)
