@@ -72,7 +72,12 @@ def is_channels_last(x: Tensor) -> bool:
 
 def readable(x: Tensor) -> Tensor:
     """x itself when its columns or its channels lie side by side, else a contiguous copy."""
-    return x if x.stride(3) == 1 or x.stride(1) == 1 else x.contiguous()
+    return x if x.stride(3) == 1 or x.stride(1) == 1 else packed(x)
+
+
+def packed(x: Tensor, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """A copy of x; unlike ``contiguous()``, which keeps whatever stride an axis of one cell has."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout).copy_(x)
 
 
 def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

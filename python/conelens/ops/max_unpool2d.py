@@ -113,7 +113,7 @@ def _in_layout_of(tensor: Tensor, like: Tensor) -> Tensor:
     if arguments.same_layout(tensor, like):
         return tensor
     layout = torch.channels_last if arguments.is_channels_last(like) else torch.contiguous_format
-    return tensor.contiguous(memory_format=layout)
+    return arguments.packed(tensor, layout)
 
 
 def _refuse(switches: Tensor, *window: Any) -> None:
