@@ -36,7 +36,9 @@ class TieProbe:
                 op = self.graph[index].op
                 self._windows[index] = take(x, place.origin, place.size, op.outside, rows)
 
-    def report(self, steps: dict[int, Step], values: Tensor, channels: Tensor, windows: Tensor) -> tuple[Tensor, Tensor]:
+    def report(
+        self, steps: dict[int, Step], values: Tensor, channels: Tensor, windows: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """(near ties [U] int64, relative change of the projection [U] when they all flip)."""
         count = torch.zeros(len(values), dtype=torch.int64, device=values.device)
         flipped = {index: copy.copy(step) for index, step in steps.items()}
@@ -48,7 +50,10 @@ class TieProbe:
                 near &= inside(self.plan.places[index], self.graph[index].size, x.device)
             count += near.flatten(1).sum(1)
             chosen = steps[index].memo["switches"]
-            flipped[index].memo = {**steps[index].memo, "switches": torch.where(near, second.to(chosen.dtype), chosen)}
+            flipped[index].memo = {
+                **steps[index].memo,
+                "switches": torch.where(near, second.to(chosen.dtype), chosen),
+            }
         if not bool(count.any()):
             return count, torch.zeros_like(values)
         other = topdown(self.graph, self.plan, flipped, values, channels)
@@ -67,7 +72,14 @@ def near_ties(x: Tensor, op: MaxPool2d, switches: Tensor) -> tuple[Tensor, Tenso
     for ky in range(op.kernel[0]):
         for kx in range(op.kernel[1]):
             y, x0 = ky * op.dilation[0], kx * op.dilation[1]
-            taps.append(x[:, :, y : y + (height - 1) * op.stride[0] + 1 : op.stride[0], x0 : x0 + (width - 1) * op.stride[1] + 1 : op.stride[1]])
+            taps.append(
+                x[
+                    :,
+                    :,
+                    y : y + (height - 1) * op.stride[0] + 1 : op.stride[0],
+                    x0 : x0 + (width - 1) * op.stride[1] + 1 : op.stride[1],
+                ]
+            )
     stacked = torch.stack(taps)
     best = stacked.gather(0, switches.long()[None])[0]
     rest = stacked.scatter(0, switches.long()[None], -float("inf"))

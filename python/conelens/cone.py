@@ -55,7 +55,10 @@ class _Template:
 
         places = {index: move(place, index) for index, place in self.plan.places.items()}
         edges = {
-            index: [Edge(move(edge.place, source), edge.offset) for edge, source in zip(made, graph[index].inputs, strict=True)]
+            index: [
+                Edge(move(edge.place, source), edge.offset)
+                for edge, source in zip(made, graph[index].inputs, strict=True)
+            ]
             for index, made in self.plan.edges.items()
         }
         return ConePlan(self.plan.target, self.plan.order, places, self.plan.hangs, edges)
@@ -120,7 +123,9 @@ def _fit(low: np.ndarray, high: np.ndarray, map_size: Pair | None) -> tuple[Plac
             length -= over + under
             if length >= cells:
                 low[:, axis], length = 0, cells
-            elif length <= 0:  # the unit sees nothing but padding here: one harmless cell keeps the shapes sound
+            elif (
+                length <= 0
+            ):  # the unit sees nothing but padding here: one harmless cell keeps the shapes sound
                 low[:, axis], length = np.clip(low[:, axis], 0, cells - 1), 1
             hang = hang or bool((low[:, axis] < 0).any() or (low[:, axis] + length > cells).any())
         size[axis] = length
@@ -162,7 +167,9 @@ def unit_boxes(graph: Graph, target: int, positions: np.ndarray) -> np.ndarray:
         for edge, source in enumerate(node.inputs):
             reached = np.empty_like(need)
             for axis in (0, 1):
-                low, high = node.op.reach(edge, axis, need[:, axis], need[:, axis + 2], graph[source].size[axis])
+                low, high = node.op.reach(
+                    edge, axis, need[:, axis], need[:, axis + 2], graph[source].size[axis]
+                )
                 reached[:, axis], reached[:, axis + 2] = low, high
             held = needs.get(source)
             needs[source] = reached if held is None else _hull(held, reached)
@@ -186,7 +193,10 @@ def cone_macs(graph: Graph, target: int) -> float:
 
 def whole_macs(graph: Graph, target: int) -> float:
     """Multiply-accumulates of one image's forward pass on whole maps."""
-    return graph.remember(("whole macs", target), lambda: sum(graph[i].op.macs(graph[i].shape) for i in graph.ancestors((target,))))
+    return graph.remember(
+        ("whole macs", target),
+        lambda: sum(graph[i].op.macs(graph[i].shape) for i in graph.ancestors((target,))),
+    )
 
 
 def cone_cells(graph: Graph, target: int) -> int:

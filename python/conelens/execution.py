@@ -18,7 +18,7 @@ from conelens import ops
 from conelens.cone import ConePlan, Edge
 from conelens.errors import ArgumentError
 from conelens.graph import Graph
-from conelens.operators import Conv2d, Linear, MaxPool2d, Offset, Operator, Pad, Pair, Rectify, Step, inside
+from conelens.operators import Conv2d, Linear, MaxPool2d, Offset, Pad, Pair, Rectify, Step, inside
 
 Observer = Callable[[int, Tensor], None]
 
@@ -55,7 +55,9 @@ def _gather(x: Tensor, offset: np.ndarray, size: Pair, fill: float, rows: Tensor
         cells = offset[:, axis, None] + np.arange(size[axis])
         valid.append(torch.from_numpy((cells >= 0) & (cells < x.shape[2 + axis])).to(device))
         index.append(torch.from_numpy(np.clip(cells, 0, x.shape[2 + axis] - 1)).to(device))
-    windows = x.permute(0, 2, 3, 1)[rows[:, None, None], index[0][:, :, None], index[1][:, None, :]].permute(0, 3, 1, 2)
+    windows = x.permute(0, 2, 3, 1)[rows[:, None, None], index[0][:, :, None], index[1][:, None, :]].permute(
+        0, 3, 1, 2
+    )
     mask = valid[0][:, None, :, None] & valid[1][:, None, None, :]
     return windows if bool(mask.all()) else windows.masked_fill(~mask, fill)
 
@@ -92,7 +94,11 @@ def _schedule(graph: Graph, targets: tuple[int, ...], observed: bool) -> Schedul
 
 
 def forward_whole(
-    graph: Graph, images: Tensor, targets: tuple[int, ...], *, switches: dict[int, Tensor] | None = None,
+    graph: Graph,
+    images: Tensor,
+    targets: tuple[int, ...],
+    *,
+    switches: dict[int, Tensor] | None = None,
     observe: Observer | None = None,
 ) -> dict[int, Tensor]:
     """Whole-map forward pass to ``targets``; fills ``switches`` per max-pool node when given.
@@ -141,7 +147,9 @@ def forward_cone(
         inputs = []
         for source, edge in zip(node.inputs, edges, strict=True):
             x = values[source]
-            if op.outside != 0.0 and (plan.hangs[source] or _pads(edge.offset, edge.place.size, plan.places[source].size)):
+            if op.outside != 0.0 and (
+                plan.hangs[source] or _pads(edge.offset, edge.place.size, plan.places[source].size)
+            ):
                 if rectify:  # a tap outside the map must lose against a rectified one inside
                     x, rectify = torch.relu(x), False
                 if plan.hangs[source]:
@@ -281,7 +289,14 @@ def _send(graph: Graph, plan: ConePlan, index: int, signal: Signal, step: Step) 
         (source,) = graph[index].inputs
         origin = torch.from_numpy(plan.places[index].low).to(data.device)
         data = ops.max_unpool2d(
-            data, switches, op.kernel, op.stride, op.padding, op.dilation, output_size=graph[source].size, origin=origin
+            data,
+            switches,
+            op.kernel,
+            op.stride,
+            op.padding,
+            op.dilation,
+            output_size=graph[source].size,
+            origin=origin,
         )
         return [Signal(_place(data, edges[0], held[0]))]
     if signal.channel is not None and isinstance(op, (Conv2d, Linear)):
@@ -294,7 +309,8 @@ def _send(graph: Graph, plan: ConePlan, index: int, signal: Signal, step: Step) 
         return [Signal(_place(_through_filters(op, signal, (0, 0), edges[0].place.size), edges[0], held[0]))]
     sent = op.topdown(signal.settle(), step)
     return [
-        None if part is None else Signal(_place(part, edge, size)) for part, edge, size in zip(sent, edges, held, strict=True)
+        None if part is None else Signal(_place(part, edge, size))
+        for part, edge, size in zip(sent, edges, held, strict=True)
     ]
 
 
@@ -304,7 +320,16 @@ def _through_filters(op: Conv2d, signal: Signal, padding: Pair, size: Pair) -> T
     if signal.pool is not None:
         extra = {"pool": signal.pool.geometry, "switches": signal.pool.switches, "map_size": signal.pool.size}
     return ops.deconv2d(
-        signal.data, op.weight, op.stride, padding, 0, op.groups, op.dilation, output_size=size, relu=signal.relu, **extra
+        signal.data,
+        op.weight,
+        op.stride,
+        padding,
+        0,
+        op.groups,
+        op.dilation,
+        output_size=size,
+        relu=signal.relu,
+        **extra,
     )
 
 

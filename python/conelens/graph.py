@@ -36,7 +36,9 @@ class Graph:
         self.outputs: list[int] = []
         self._memo: dict[Hashable, Any] = {}
 
-    def add(self, op: Operator, inputs: tuple[int, ...], shape: tuple[int, int, int], vector: bool = False) -> Node:
+    def add(
+        self, op: Operator, inputs: tuple[int, ...], shape: tuple[int, int, int], vector: bool = False
+    ) -> Node:
         node = Node(len(self.nodes), op, inputs, shape, vector)
         self.nodes.append(node)
         return node
@@ -49,6 +51,7 @@ class Graph:
 
     def ancestors(self, targets: tuple[int, ...]) -> list[int]:
         """Indices of ``targets`` and all they depend on, in topological order (memoised: a graph never changes)."""
+
         def find() -> list[int]:
             needed = set(targets)
             for index in range(max(targets), -1, -1):

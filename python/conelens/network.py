@@ -53,14 +53,11 @@ class LayerTable(Sequence[Layer]):
         return iter(self._layers)
 
     def __str__(self) -> str:
-        rows = [("layer", "kind", "shape", "field", "stride", "offset", "also called")]
+        rows = [["layer", "kind", "shape", "field", "stride", "offset", "also called"]]
         for layer in self._layers:
-            pairs = (layer.receptive_field, layer.stride, layer.offset)
-            rows.append((
-                layer.name, layer.kind, "x".join(map(str, layer.shape)),
-                *("x".join(map(str, pair)) if index == 0 else ",".join(map(str, pair)) for index, pair in enumerate(pairs)),
-                ", ".join(layer.aliases),
-            ))  # fmt: skip
+            sizes = ("x".join(map(str, size)) for size in (layer.shape, layer.receptive_field))
+            steps = (",".join(map(str, step)) for step in (layer.stride, layer.offset))
+            rows.append([layer.name, layer.kind, *sizes, *steps, ", ".join(layer.aliases)])
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 

@@ -46,7 +46,10 @@ class LayerPeaks:
     def empty(cls, channels: int, k: int) -> LayerPeaks:
         shape = (channels, k)
         return cls(
-            np.zeros(shape, np.float32), np.full(shape, EMPTY, np.int64), np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+            np.zeros(shape, np.float32),
+            np.full(shape, EMPTY, np.int64),
+            np.zeros(shape, np.int32),
+            np.zeros(shape, np.int32),
         )
 
     def best(self, k: int, distinct: str) -> LayerPeaks:
@@ -94,10 +97,14 @@ class PeakTable:
     def top(self, layer: str, channel: int, k: int | None = None) -> list[Peak]:
         """The strongest peaks of a channel, best first; fewer than k where it fired in fewer images."""
         if layer not in self.layers:
-            raise ArgumentError(f"layer: got {layer!r}, wanted one of {', '.join(self.layers)} (the layers of this table)")
+            raise ArgumentError(
+                f"layer: got {layer!r}, wanted one of {', '.join(self.layers)} (the layers of this table)"
+            )
         peaks = self.layers[layer]
         if not 0 <= channel < len(peaks.value):
-            raise ArgumentError(f"channel: got {channel}, wanted 0..{len(peaks.value) - 1} ({layer} has {len(peaks.value)})")
+            raise ArgumentError(
+                f"channel: got {channel}, wanted 0..{len(peaks.value) - 1} ({layer} has {len(peaks.value)})"
+            )
         if k is not None and not 1 <= k <= self.k:
             raise ArgumentError(f"k: got {k}, wanted 1..{self.k} (what this table holds)")
         columns = zip(*(getattr(peaks, f)[channel, : k or self.k].tolist() for f in _FIELDS), strict=True)
@@ -106,18 +113,34 @@ class PeakTable:
     def __add__(self, other: PeakTable) -> PeakTable:
         if not isinstance(other, PeakTable):
             return NotImplemented
-        mine, theirs = ((t.k, t.distinct, {n: len(p.value) for n, p in t.layers.items()}) for t in (self, other))
+        mine, theirs = (
+            (t.k, t.distinct, {n: len(p.value) for n, p in t.layers.items()}) for t in (self, other)
+        )
         if mine != theirs:
-            raise ArgumentError(f"tables differ in k, distinct or layers: {mine} and {theirs}; merge tables of one kind")
-        layers = {name: peaks.joined(other.layers[name]).best(self.k, self.distinct) for name, peaks in self.layers.items()}
+            raise ArgumentError(
+                f"tables differ in k, distinct or layers: {mine} and {theirs}; merge tables of one kind"
+            )
+        layers = {
+            name: peaks.joined(other.layers[name]).best(self.k, self.distinct)
+            for name, peaks in self.layers.items()
+        }
         return PeakTable(layers, self.k, self.distinct, self.seen + other.seen)
 
     def save(self, path: str | Path) -> None:
         """Write the table as safetensors; the old file stays whole until the new one is complete."""
         from safetensors.numpy import save_file
 
-        arrays = {f"{name}\n{f}": np.ascontiguousarray(getattr(p, f)) for name, p in self.layers.items() for f in _FIELDS}
-        about = {"format": "conelens.PeakTable 1", "k": str(self.k), "distinct": self.distinct, "seen": str(self.seen)}
+        arrays = {
+            f"{name}\n{f}": np.ascontiguousarray(getattr(p, f))
+            for name, p in self.layers.items()
+            for f in _FIELDS
+        }
+        about = {
+            "format": "conelens.PeakTable 1",
+            "k": str(self.k),
+            "distinct": self.distinct,
+            "seen": str(self.seen),
+        }
         target = Path(path)
         part = target.with_name(target.name + ".part")
         try:
@@ -136,7 +159,8 @@ class PeakTable:
                 metadata = file.metadata() or {}
                 about = json.loads(metadata["conelens"])
                 layers = {
-                    name: LayerPeaks(*(file.get_tensor(f"{name}\n{f}") for f in _FIELDS)) for name in json.loads(metadata["layers"])
+                    name: LayerPeaks(*(file.get_tensor(f"{name}\n{f}") for f in _FIELDS))
+                    for name in json.loads(metadata["layers"])
                 }
                 if about["format"] != "conelens.PeakTable 1" or about["distinct"] not in DISTINCT:
                     raise KeyError(about["format"])
@@ -191,8 +215,12 @@ def top_peaks(
             with torch.inference_mode():
                 maps = forward_whole(net.graph, batch.images, targets)
                 indices = np.array(batch.indices) + rest.start
-                found = {name: _peaks_of(maps[node.index], indices, k, distinct) for name, node in nodes.items()}
-            merged = {name: peaks.joined(found[name]).best(k, distinct) for name, peaks in table.layers.items()}
+                found = {
+                    name: _peaks_of(maps[node.index], indices, k, distinct) for name, node in nodes.items()
+                }
+            merged = {
+                name: peaks.joined(found[name]).best(k, distinct) for name, peaks in table.layers.items()
+            }
             table = PeakTable(merged, k, distinct, int(indices[-1]) + 1)
             if progress is not None:
                 progress(table.seen, len(dataset))
@@ -237,7 +265,10 @@ def _peaks_of(maps: Tensor, indices: np.ndarray, k: int, distinct: str) -> Layer
     value, position = (t.permute(1, 0, 2).flatten(1).cpu().numpy() for t in (values, positions))
     image = np.broadcast_to(np.repeat(indices, values.shape[2]), value.shape).copy()
     result = LayerPeaks(
-        value.astype(np.float32), image, (position // width).astype(np.int32), (position % width).astype(np.int32)
+        value.astype(np.float32),
+        image,
+        (position // width).astype(np.int32),
+        (position % width).astype(np.int32),
     )
     result._clear(result.value <= 0)
     return result

@@ -19,9 +19,8 @@ from conelens.errors import ArgumentError, DeadUnitWarning
 from conelens.execution import forward_cone, forward_whole, steps_from_whole, take, topdown
 from conelens.graph import Node
 from conelens.network import Network, check_projectable
-from conelens.operators import Activation, Gate, LocalResponseNorm, MaxPool2d, Step
+from conelens.operators import Gate, MaxPool2d, Place, Step
 
-Route = str
 ROUTES = ("auto", "cone", "full")
 
 
@@ -55,7 +54,9 @@ class Projection:
     def patches(self, images: Tensor, fill: float = 0.0) -> Tensor:
         """Image patches [U, C', h, w] under the boxes, ``fill`` outside the image; ``images`` [N, C', H, W] of the same size."""
         if images.ndim != 4 or tuple(images.shape[2:]) != self.image_size:
-            raise ArgumentError(f"images: got shape {tuple(images.shape)}, wanted [N, C, {self.image_size[0]}, {self.image_size[1]}]")
+            raise ArgumentError(
+                f"images: got shape {tuple(images.shape)}, wanted [N, C, {self.image_size[0]}, {self.image_size[1]}]"
+            )
         size = (self.crops.shape[2], self.crops.shape[3])
         offset = self.boxes[:, :2].cpu().numpy()
         return take(images, offset, size, fill, self.images.to(images.device))
@@ -63,7 +64,11 @@ class Projection:
     @property
     def pixels(self) -> Tensor:
         """[U, C, H, W]: every projection on its whole image, zero outside the cone. Made on each access."""
-        return torch.cat(list(self.iter_pixels())) if len(self) else self.crops.new_zeros((0, self.crops.shape[1], *self.image_size))
+        return (
+            torch.cat(list(self.iter_pixels()))
+            if len(self)
+            else self.crops.new_zeros((0, self.crops.shape[1], *self.image_size))
+        )
 
     def iter_pixels(self, chunk: int = 64) -> Iterator[Tensor]:
         """The same in chunks [<= chunk, C, H, W], for many units."""
@@ -83,7 +88,7 @@ class _Batch(NamedTuple):
 
 
 def project(
-    net: Network, images: Tensor, layer: str, channel: Any, position: Any = "peak", image: Any = None, *, route: Route = "auto",
+    net: Network, images: Tensor, layer: str, channel: Any, position: Any = "peak", image: Any = None, *, route: str = "auto",
     certify: bool = False,
 ) -> Projection:  # fmt: skip
     """Project units of ``layer`` down to the pixels by the deconvnet of Zeiler & Fergus (2014).
@@ -119,7 +124,11 @@ def project(
             return _empty(net, node, images, certify)
         if places is None and route == "cone":
             places = _peaks(net, node, images, rows, channels)
-        if places is None or route == "full" or (route == "auto" and choose_route(net.graph, node.index, rows) == "full"):
+        if (
+            places is None
+            or route == "full"
+            or (route == "auto" and choose_route(net.graph, node.index, rows) == "full")
+        ):
             batches, places = _full(net, node, images, rows, channels, places, certify)
         else:
             batches = _cones(net, node, images, rows, channels, places, certify)
@@ -136,37 +145,40 @@ def _units(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """(image [U], channel [U], position [U, 2] or None for peaks), checked against the layer."""
     given = {"image": _integers("image", image, 1), "channel": _integers("channel", channel, 1)}
-    peak = isinstance(position, str)
-    if peak and position != "peak":
-        raise ArgumentError(f"position: got {position!r}, wanted 'peak', (y, x) or [U, 2]")
-    where = None if peak else _integers("position", position, 2)
-    if where is not None and where.ndim == 1 and where.shape != (2,) or where is not None and where.shape[-1] != 2:
-        raise ArgumentError(f"position: got shape {where.shape}, wanted (y, x) or [U, 2]")
-    lengths = {name: len(v) for name, v in given.items() if v is not None and v.ndim == 1}
-    if where is not None and where.ndim == 2:
-        lengths["position"] = len(where)
-    if image is None and set(lengths) <= {"channel", "position"} and (not lengths or set(lengths.values()) == {len(images)}):
-        lengths["images"] = len(images)
-    elif image is None and len(images) == 1 and lengths:
-        given["image"] = np.int64(0) + np.zeros(next(iter(lengths.values())), np.int64)
-    if len(set(lengths.values())) > 1 or (image is None and given["image"] is None and lengths.get("images") is None):
-        raise ArgumentError(
-            f"units: got {', '.join(f'{k} of {v}' for k, v in lengths.items())} for {len(images)} images; "
-            "one length must fit all, or say image=[...] for each unit"
-        )
-    units = next(iter(lengths.values()), 1)
-    rows = np.arange(units) if given["image"] is None else np.broadcast_to(given["image"], (units,))
-    channels = given["channel"]
-    if channels is None:
+    if given["channel"] is None:
         raise ArgumentError("channel: got None, wanted an int or [U] ints")
-    channels = np.broadcast_to(channels, (units,))
+    where = None
+    if not isinstance(position, str):
+        where = given["position"] = _integers("position", position, 2)
+        if where is not None and where.size == 0:
+            where = given["position"] = where.reshape(-1, 2)
+        if where is None or where.shape[-1:] != (2,):
+            raise ArgumentError(f"position: got {position!r}, wanted 'peak', (y, x) or [U, 2]")
+    elif position != "peak":
+        raise ArgumentError(f"position: got {position!r}, wanted 'peak', (y, x) or [U, 2]")
+    lengths = {
+        name: len(v)
+        for name, v in given.items()
+        if v is not None and v.ndim == (2 if name == "position" else 1)
+    }
+    units = next(iter(lengths.values()), len(images) if image is None else 1)
+    if set(lengths.values()) - {units} or (image is None and units != len(images) and len(images) != 1):
+        told = ", ".join(f"{name} of {length}" for name, length in lengths.items())
+        raise ArgumentError(
+            f"units: got {told} for {len(images)} images; all lengths must agree, and image=[...] says which image each unit is in"
+        )
+    rows = given["image"]
+    if rows is None:
+        rows = np.arange(units) if units == len(images) else np.zeros(units, np.int64)
+    rows = np.broadcast_to(rows, (units,)).copy()
+    channels = np.broadcast_to(given["channel"], (units,)).copy()
     _check_range("image", rows, len(images), "the images given")
     _check_range("channel", channels, node.shape[0], f"layer {node.name}")
     if where is not None:
         where = np.broadcast_to(where, (units, 2))
         _check_range("position y", where[:, 0], node.shape[1], f"layer {node.name}")
         _check_range("position x", where[:, 1], node.shape[2], f"layer {node.name}")
-    return rows.copy(), channels.copy(), where
+    return rows, channels, where
 
 
 def _integers(name: str, value: Any, most: int) -> np.ndarray | None:
@@ -189,16 +201,26 @@ def _check_range(name: str, values: np.ndarray, size: int, of: str) -> None:
 def _warn_dead(result: Projection, layer: str, channels: np.ndarray) -> None:
     dead = (result.values <= 0).nonzero().flatten().tolist()
     if dead:
-        named = ", ".join(f"{layer}[{int(channels[u])}] at {tuple(result.positions[u].tolist())}" for u in dead[:3])
+        named = ", ".join(
+            f"{layer}[{int(channels[u])}] at {tuple(result.positions[u].tolist())}" for u in dead[:3]
+        )
         more = f" and {len(dead) - 3} more" if len(dead) > 3 else ""
-        warnings.warn(f"no positive activity, so the projection is zero: {named}{more}", DeadUnitWarning, stacklevel=3)
+        warnings.warn(
+            f"no positive activity, so the projection is zero: {named}{more}", DeadUnitWarning, stacklevel=3
+        )
 
 
 # --- the two routes --------------------------------------------------------------------------------------------------
 
 
 def _cones(
-    net: Network, node: Node, images: Tensor, rows: np.ndarray, channels: np.ndarray, places: np.ndarray, certify: bool
+    net: Network,
+    node: Node,
+    images: Tensor,
+    rows: np.ndarray,
+    channels: np.ndarray,
+    places: np.ndarray,
+    certify: bool,
 ) -> list[_Batch]:
     """Forward and top-down on the cones of known positions."""
     batches = []
@@ -206,13 +228,19 @@ def _cones(
         plan = plan_cone(net.graph, node.index, places[start:stop])
         probe = TieProbe(net.graph, plan) if certify else None
         picked = _picked(rows[start:stop], images)
-        out, steps = forward_cone(net.graph, plan, images, picked, observe=probe and probe.observe)
+        out, steps = forward_cone(net.graph, plan, images, picked, observe=probe.observe if probe else None)
         batches.append(_finish(net, plan, steps, out, channels[start:stop], probe))
     return batches
 
 
 def _full(
-    net: Network, node: Node, images: Tensor, rows: np.ndarray, channels: np.ndarray, places: np.ndarray | None, certify: bool
+    net: Network,
+    node: Node,
+    images: Tensor,
+    rows: np.ndarray,
+    channels: np.ndarray,
+    places: np.ndarray | None,
+    certify: bool,
 ) -> tuple[list[_Batch], np.ndarray]:
     """Whole forward pass once per image, then the top-down pass on the cones."""
     graph = net.graph
@@ -223,7 +251,9 @@ def _full(
     found = np.zeros((len(rows), 2), np.int64) if places is None else places
     order = np.argsort(rows, kind="stable")
     batches: list[_Batch] = []
-    per_pass = max(1, int(2**28 // max(1, sum(int(np.prod(graph[i].shape)) for i in graph.ancestors((node.index,))))))
+    per_pass = max(
+        1, int(2**28 // max(1, sum(int(np.prod(graph[i].shape)) for i in graph.ancestors((node.index,)))))
+    )
     unique, first = np.unique(rows[order], return_index=True)
     bounds = [*first.tolist(), len(rows)]
     for at in range(0, len(unique), per_pass):
@@ -245,7 +275,9 @@ def _full(
         )[node.index]
         local = np.searchsorted(some, rows[units])
         if places is None:
-            positions = ops.channel_peaks(maps).positions.cpu().numpy()[local, channels[units]].astype(np.int64)
+            positions = (
+                ops.channel_peaks(maps).positions.cpu().numpy()[local, channels[units]].astype(np.int64)
+            )
             found[units] = np.stack([positions // node.shape[2], positions % node.shape[2]], 1)
         for start, stop in units_per_chunk(graph, node.index, len(units)):
             chunk = units[start:stop]
@@ -276,7 +308,9 @@ def _unsort(batches: list[_Batch], order: np.ndarray) -> list[_Batch]:
     return [singles[i] for i in np.argsort(order)]
 
 
-def _finish(net: Network, plan: Any, steps: dict[int, Step], out: Tensor, channels: np.ndarray, probe: TieProbe | None) -> _Batch:
+def _finish(
+    net: Network, plan: Any, steps: dict[int, Step], out: Tensor, channels: np.ndarray, probe: TieProbe | None
+) -> _Batch:
     """Seeds and the top-down pass of one chunk."""
     picked = torch.from_numpy(np.array(channels)).to(out.device)
     values = out.gather(1, picked[:, None, None, None])[:, 0, 0, 0].clamp_min(0)
@@ -284,7 +318,13 @@ def _finish(net: Network, plan: Any, steps: dict[int, Step], out: Tensor, channe
     ties = effect = None
     if probe is not None:
         ties, effect = probe.report(steps, values, picked, windows)
-    return _Batch(windows, plan.places[0].low if 0 in plan.places else np.zeros((len(values), 2), np.int64), values, ties, effect)
+    return _Batch(
+        windows,
+        plan.places[0].low if 0 in plan.places else np.zeros((len(values), 2), np.int64),
+        values,
+        ties,
+        effect,
+    )
 
 
 def _peaks(net: Network, node: Node, images: Tensor, rows: np.ndarray, channels: np.ndarray) -> np.ndarray:
@@ -305,15 +345,20 @@ def _picked(rows: np.ndarray, images: Tensor) -> Tensor | None:
 
 
 def _assemble(
-    net: Network, node: Node, batches: Sequence[_Batch], rows: np.ndarray, places: np.ndarray, device: torch.device
+    net: Network,
+    node: Node,
+    batches: Sequence[_Batch],
+    rows: np.ndarray,
+    places: np.ndarray,
+    device: torch.device,
 ) -> Projection:
     """Windows of all chunks, moved into the units' unclipped boxes."""
     boxes = unit_boxes(net.graph, node.index, places)
-    size = tuple(int(v) for v in (boxes[:, 2:] - boxes[:, :2]).max(0))
+    height, width = (boxes[:, 2:] - boxes[:, :2]).max(0).tolist()
     crops, start = [], 0
     for batch in batches:
         part = boxes[start : start + len(batch.values), :2]
-        crops.append(take(batch.windows, _common(part - batch.low), size))
+        crops.append(take(batch.windows, Place(part - batch.low, (height, width)).origin, (height, width)))
         start += len(batch.values)
     ties = [b.ties for b in batches if b.ties is not None]
     effect = [b.effect for b in batches if b.effect is not None]
@@ -327,10 +372,6 @@ def _assemble(
         torch.cat(ties) if ties else None,
         torch.cat(effect) if effect else None,
     )
-
-
-def _common(offset: np.ndarray) -> Any:
-    return (int(offset[0, 0]), int(offset[0, 1])) if (offset == offset[0]).all() else offset
 
 
 def _empty(net: Network, node: Node, images: Tensor, certify: bool) -> Projection:
