@@ -11,7 +11,8 @@ from conelens.graph import Graph
 # Small windows run below the speed of whole maps; the factor was read off VGG-16 on two AVX-512 cores (benchmarks/NOTES.md).
 LAYER_OVERHEAD = 2.0e6
 WINDOW_PENALTY = 1.1
-CHUNK_CELLS = 2**25  # map cells of all units of a chunk that may be alive at once (128 MiB in float32)
+# Map cells of all units of a chunk that may be alive at once: 128 MiB of float32 for a CPU's caches, 4 GiB to fill a GPU.
+CHUNK_CELLS = {"cpu": 2**25, "cuda": 2**30}
 
 
 def choose_route(graph: Graph, target: int, rows: np.ndarray) -> str:
@@ -22,7 +23,7 @@ def choose_route(graph: Graph, target: int, rows: np.ndarray) -> str:
     return "cone" if cone < full else "full"
 
 
-def units_per_chunk(graph: Graph, target: int, units: int) -> list[tuple[int, int]]:
+def units_per_chunk(graph: Graph, target: int, units: int, device: str) -> list[tuple[int, int]]:
     """Ranges of units that run together, bounded by the memory their windows take."""
-    size = max(1, int(CHUNK_CELLS // (3 * cone_cells(graph, target))))
+    size = max(1, int(CHUNK_CELLS.get(device, CHUNK_CELLS["cpu"]) // (3 * cone_cells(graph, target))))
     return [(start, min(start + size, units)) for start in range(0, units, size)]

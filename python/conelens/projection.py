@@ -224,7 +224,7 @@ def _cones(
 ) -> list[_Batch]:
     """Forward and top-down on the cones of known positions."""
     batches = []
-    for start, stop in units_per_chunk(net.graph, node.index, len(places)):
+    for start, stop in units_per_chunk(net.graph, node.index, len(places), images.device.type):
         plan = plan_cone(net.graph, node.index, places[start:stop])
         probe = TieProbe(net.graph, plan) if certify else None
         picked = _picked(rows[start:stop], images)
@@ -279,7 +279,7 @@ def _full(
                 ops.channel_peaks(maps).positions.cpu().numpy()[local, channels[units]].astype(np.int64)
             )
             found[units] = np.stack([positions // node.shape[2], positions % node.shape[2]], 1)
-        for start, stop in units_per_chunk(graph, node.index, len(units)):
+        for start, stop in units_per_chunk(graph, node.index, len(units), images.device.type):
             chunk = units[start:stop]
             plan = plan_cone(graph, node.index, found[chunk])
             picked = torch.from_numpy(local[start:stop]).to(images.device)

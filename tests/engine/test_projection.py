@@ -94,7 +94,7 @@ def test_many_units_equal_one_by_one_in_any_order(
     together = conelens.project(net, images, "6", channels, places, rows, route="full")
     mixed = conelens.project(net, images, "6", shuffled[1], shuffled[2], shuffled[0], route="full")
     assert relative(mixed.pixels, together.pixels[order]) < 1e-12
-    monkeypatch.setattr(cost, "CHUNK_CELLS", 1)  # one unit at a time
+    monkeypatch.setattr(cost, "CHUNK_CELLS", {"cpu": 1})  # one unit at a time
     for route in ("full", "cone"):
         single = conelens.project(net, images, "6", shuffled[1], shuffled[2], shuffled[0], route=route)
         assert relative(single.pixels, together.pixels[order]) < 1e-12
