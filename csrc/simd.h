@@ -44,13 +44,43 @@ CONELENS_INLINE void store_vec(T* to, const V& v) {
   std::memcpy(to, &v, sizeof v);
 }
 
-// element-wise conversion, e.g. of switches to the width of the values
-template <class To, int lanes, class V>
-CONELENS_INLINE Vec<To, lanes> convert(const V& v) {
-  if constexpr (lanes == 1)
+// The integer as wide as a lane of T, which comparisons give.
+template <int bytes>
+struct UintOfBytes;
+template <>
+struct UintOfBytes<1> {
+  using type = uint8_t;
+};
+template <>
+struct UintOfBytes<2> {
+  using type = uint16_t;
+};
+template <>
+struct UintOfBytes<4> {
+  using type = uint32_t;
+};
+template <>
+struct UintOfBytes<8> {
+  using type = uint64_t;
+};
+template <class T>
+using IntLike = std::make_signed_t<typename UintOfBytes<sizeof(T)>::type>;
+
+// Element-wise conversion between unsigned integers, by a factor of two per step: compilers have instructions for
+// that, and take lanes apart for more.
+template <int lanes, class To, class From>
+CONELENS_INLINE Vec<To, lanes> convert(const Vec<From, lanes>& v) {
+  if constexpr (lanes == 1) {
     return static_cast<To>(v);
-  else
+  } else if constexpr (sizeof(To) > 2 * sizeof(From)) {
+    using Next = typename UintOfBytes<2 * sizeof(From)>::type;
+    return convert<lanes, To, Next>(__builtin_convertvector(v, Vec<Next, lanes>));
+  } else if constexpr (2 * sizeof(To) < sizeof(From)) {
+    using Next = typename UintOfBytes<sizeof(From) / 2>::type;
+    return convert<lanes, To, Next>(__builtin_convertvector(v, Vec<Next, lanes>));
+  } else {
     return __builtin_convertvector(v, Vec<To, lanes>);
+  }
 }
 
 // every second lane of the pair (a, b), from lane `odd` on
@@ -88,24 +118,6 @@ CONELENS_INLINE void store_alternate(T* to, const V& even, const V& odd) {
   }
 }
 
-// The integer as wide as a lane of T, which comparisons give.
-template <int bytes>
-struct IntOfBytes;
-template <>
-struct IntOfBytes<2> {
-  using type = int16_t;
-};
-template <>
-struct IntOfBytes<4> {
-  using type = int32_t;
-};
-template <>
-struct IntOfBytes<8> {
-  using type = int64_t;
-};
-template <class T>
-using IntLike = typename IntOfBytes<sizeof(T)>::type;
-
 // Runs body(Lanes<n>{}, first) over `count` items in vectors of n = `lanes`, of fewer where they fill none; the last
 // vector overlaps its neighbour, so that the body must only write what it computes afresh.
 template <int n>
@@ -132,7 +144,7 @@ CONELENS_INLINE Vec<float, n> widen(const int16_t* from) {
   if constexpr (n == 1) {
     return to_float(T{static_cast<uint16_t>(*from)});
   } else if constexpr (std::is_same_v<T, BFloat16>) {
-    const auto bits = convert<uint32_t, n>(load_vec<Vec<uint16_t, n>>(from)) << 16;
+    const auto bits = convert<n, uint32_t, uint16_t>(load_vec<Vec<uint16_t, n>>(from)) << 16;
     return (Vec<float, n>)bits;
 #if defined(__AVX512F__)
   } else if constexpr (n == 16) {
@@ -160,7 +172,7 @@ CONELENS_INLINE Vec<int16_t, n> narrow(const Vec<float, n>& v) {
     using Bits = Vec<uint32_t, n>;
     const Bits bits = (Bits)v;
     const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return convert<int16_t, n>(v != v ? (bits >> 16) | 0x40u : rounded);
+    return (Vec<int16_t, n>)convert<n, uint16_t, uint32_t>(v != v ? (bits >> 16) | 0x40u : rounded);
 #if defined(__AVX512F__)
   } else if constexpr (n == 16) {
     return (Vec<int16_t, n>)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);

@@ -103,7 +103,8 @@ CONELENS_INLINE void pool_windows(const Taps& taps, bool relu, const Load& load,
     else
       *switches8 = static_cast<uint8_t>(wide_index);
   } else {
-    store_vec(switches8, convert<uint8_t, lanes>(index));
+    using Bits = typename UintOfBytes<sizeof(Cell)>::type;
+    store_vec(switches8, convert<lanes, uint8_t, Bits>((Vec<Bits, lanes>)index));
   }
 }
 
@@ -112,9 +113,23 @@ constexpr int full_lanes = kVectorBytes / static_cast<int>(sizeof(T));
 
 // --- columns side by side ---------------------------------------------------------------------------------------------
 
+// Pooled columns [begin, end) whose taps all lie inside the map, and which vectors may thus do.
+struct Interior {
+  int64_t begin, end;
+};
+Interior interior(const Params& p) {
+  const int64_t step = p.stride[1], padding = p.padding[1], reach = p.dilation[1] * (p.kernel[1] - 1);
+  // with stride 2 even lanes read one cell past their last: with one tap per row that cell may lie past the map
+  const bool vectors = p.switch_bytes == 1 && (step != 2 || p.kernel[1] > 1);
+  const int64_t begin = (padding + step - 1) / step;
+  int64_t end = vectors && p.width + padding > reach ? (p.width - 1 + padding - reach) / step + 1 : 0;
+  end = end < p.out_width ? end : p.out_width;
+  return begin < end ? Interior{begin, end} : Interior{p.out_width, p.out_width};
+}
+
 // One row of pooled cells. `x` is the input map's first cell of this plane.
 template <class T, int step, int fixed_width>
-void pool_row(const Params& p, const T* x, int64_t row, T* pooled, void* switches) {
+void pool_row(const Params& p, const Interior& inner, const T* x, int64_t row, T* pooled, void* switches) {
   using Cell = typename Order<T, 1>::Cell;
   const int64_t start_y = row * p.stride[0] - p.padding[0];
   const int64_t step_x = p.stride[1], spread = p.dilation[1], width = fixed_width ? fixed_width : p.kernel[1];
@@ -135,15 +150,6 @@ void pool_row(const Params& p, const T* x, int64_t row, T* pooled, void* switche
     pool_windows<T, n, fixed_width>(taps, p.relu, load, pooled + column, switches8 ? switches8 + column : nullptr,
                                     switches32 ? switches32 + column : nullptr);
   };
-  // columns [inner, outer) have all their taps inside the map
-  const int64_t reach = spread * (width - 1);
-  int64_t inner = (p.padding[1] + step_x - 1) / step_x;
-  int64_t outer = p.width + p.padding[1] > reach ? (p.width - 1 + p.padding[1] - reach) / step_x + 1 : 0;
-  outer = outer < p.out_width ? outer : p.out_width;
-  // a vector of even lanes reads one cell past its last: with one tap per row that cell may lie past the map
-  const bool vectors = p.switch_bytes == 1 && (step != 2 || width > 1);
-  inner = vectors && inner < outer ? inner : p.out_width;
-  outer = inner < outer ? outer : inner;
   const auto edge = [&](int64_t column) {
     const int64_t start_x = column * step_x - p.padding[1];
     Taps taps = all;
@@ -151,13 +157,14 @@ void pool_row(const Params& p, const T* x, int64_t row, T* pooled, void* switche
     taps.x1 = pool::end_tap(start_x, spread, width, p.width);
     at(Lanes<1>{}, column, taps);
   };
-  for (int64_t column = 0; column < inner; ++column) edge(column);
-  in_vectors<full_lanes<T>>(outer - inner, [&](auto lanes, int64_t i) { at(lanes, inner + i, all); });
-  for (int64_t column = outer; column < p.out_width; ++column) edge(column);
+  for (int64_t column = 0; column < inner.begin; ++column) edge(column);
+  in_vectors<full_lanes<T>>(inner.end - inner.begin, [&](auto lanes, int64_t i) { at(lanes, inner.begin + i, all); });
+  for (int64_t column = inner.end; column < p.out_width; ++column) edge(column);
 }
 
 template <class T, int step, int fixed_width>
 void pool_planes(const Params& p, int threads) {
+  const Interior inner = interior(p);
   const int64_t rows = p.batch * p.channels * p.out_height;
   const int64_t grain = 1 + 16384 / (p.out_width * p.kernel[0] * p.kernel[1]);
   parallel_for(rows, grain, threads, [&](int64_t begin, int64_t end) {
@@ -168,7 +175,7 @@ void pool_planes(const Params& p, int threads) {
       T* pooled = static_cast<T*>(p.pooled) + n * p.pooled_stride[0] + c * p.pooled_stride[1] +
                   row * p.pooled_stride[2];
       const int64_t at = n * p.switches_stride[0] + c * p.switches_stride[1] + row * p.switches_stride[2];
-      pool_row<T, step, fixed_width>(p, x, row, pooled, static_cast<char*>(p.switches) + at * p.switch_bytes);
+      pool_row<T, step, fixed_width>(p, inner, x, row, pooled, static_cast<char*>(p.switches) + at * p.switch_bytes);
     }
   });
 }

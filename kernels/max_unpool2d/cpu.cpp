@@ -71,10 +71,83 @@ CONELENS_INLINE typename S::V collect(typename S::V sum, const typename S::Cell*
                                       int64_t tap) {
   using Index = Vec<IntLike<typename S::Lane>, n>;
   using V = typename S::V;
-  const Index here = convert<IntLike<typename S::Lane>, n>(load_vec<Vec<uint8_t, n>>(switches));
+  using Bits = typename UintOfBytes<sizeof(typename S::Lane)>::type;
+  const Index here = (Index)convert<n, Bits, uint8_t>(load_vec<Vec<uint8_t, n>>(switches));
   const V value = S::load(pooled);
   return S::add(sum, here == static_cast<IntLike<typename S::Lane>>(tap) ? value : V{});
 }
+
+// --- switches that point nowhere --------------------------------------------------------------------------------------
+
+// Windows [begin, end) along an axis have all their taps inside the map.
+struct Interior {
+  int64_t begin, end;
+};
+Interior interior(const Axis& a) {
+  const int64_t reach = a.dilation * (a.kernel - 1);
+  const int64_t begin = (a.begin + a.shift + a.stride - 1) / a.stride;
+  const int64_t end = a.end + a.shift > reach ? (a.end + a.shift - reach - 1) / a.stride + 1 : 0;
+  return {begin, end < a.pooled ? end : a.pooled};
+}
+
+// `count` neighbouring switches of one row all name a tap. One reduction, which compilers vectorise.
+template <class Switch>
+bool all_in_window(const Switch* switches, int64_t count, int64_t taps) {
+  Switch smallest = 0, largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    smallest = switches[i] < smallest ? switches[i] : smallest;
+    largest = switches[i] > largest ? switches[i] : largest;
+  }
+  return smallest >= 0 && largest < taps;
+}
+
+// Switches that are whole rows of pooled cells: `lines` of them lie at sample, channel and row of their number.
+template <class Switch>
+struct SwitchCheck {
+  const Params& p;
+  const bool channels_last = p.switches_stride[1] == 1 && p.switches_stride[3] != 1;
+  const int64_t channels = channels_last ? 1 : p.channels;  // lines per sample and row
+  const int64_t lines = p.batch * channels * p.height;
+  const Axis rows = unpool::axis(p, 0, 0), columns = unpool::axis(p, 0, 1);  // used without origin only
+  const Interior inner_rows = interior(rows), inner_columns = interior(columns);
+
+  explicit SwitchCheck(const Params& params) : p(params) {}
+
+  bool points_into_map(int64_t y, int64_t x, Switch tap) const {
+    const int64_t row = y * rows.stride - rows.shift + tap / columns.kernel * rows.dilation;
+    const int64_t column = x * columns.stride - columns.shift + tap % columns.kernel * columns.dilation;
+    return row >= rows.begin && row < rows.end && column >= columns.begin && column < columns.end;
+  }
+
+  bool line_valid(int64_t line) const {
+    const int64_t y = line % p.height, c = line / p.height % channels, n = line / p.height / channels;
+    const Switch* at = static_cast<const Switch*>(p.switches) + n * p.switches_stride[0] + c * p.switches_stride[1] +
+                       y * p.switches_stride[2];
+    const int64_t step = p.switches_stride[3], depth = channels_last ? p.channels : 1;
+    const int64_t taps = p.kernel[0] * p.kernel[1];
+    bool valid = true;
+    if (channels_last)
+      for (int64_t x = 0; x < p.width; ++x) valid &= all_in_window(at + x * step, depth, taps);
+    else
+      valid = all_in_window(at, p.width, taps);
+    if (!valid || p.origin) return valid;
+    const bool edge_row = y < inner_rows.begin || y >= inner_rows.end;
+    const int64_t skip_from = edge_row ? p.width : inner_columns.begin, skip_to = inner_columns.end;
+    for (int64_t x = 0; x < p.width; ++x) {
+      if (x == skip_from && skip_from < skip_to) x = skip_to;
+      if (x >= p.width) break;
+      for (int64_t k = 0; k < depth; ++k) valid &= points_into_map(y, x, at[x * step + k]);
+    }
+    return valid;
+  }
+
+  // the check of lines [part * lines / parts, (part + 1) * lines / parts): each once over all parts
+  bool part_valid(int64_t part, int64_t parts) const {
+    bool valid = true;
+    for (int64_t line = part * lines / parts; line < (part + 1) * lines / parts; ++line) valid &= line_valid(line);
+    return valid;
+  }
+};
 
 // --- one cell, any geometry: edges, rare strides, int32 switches ------------------------------------------------------
 
@@ -156,11 +229,29 @@ CONELENS_INLINE void stride1_cells(const Source* sources, int count, bool relu, 
   store_vec(out, S::result(sum));
 }
 
+// Output column `column`, one lane wide, where a whole vector does not fit.
+template <class T, int step>
+T edge_cell(const Params& p, const Source* sources, int count, const Axis& columns, const T* pooled,
+            const uint8_t* switches, int64_t column) {
+  using E = Element<T>;
+  typename E::Compute sum = 0;
+  for (int i = 0; i < count; ++i)
+    for (int64_t kx = columns.kernel - 1; kx >= 0; --kx) {
+      const int64_t offset = column + columns.shift - columns.dilation * kx;
+      if (offset < 0 || offset % step != 0 || offset / step >= columns.pooled) continue;
+      const int64_t x = offset / step;
+      if (switches[sources[i].switches + x] == sources[i].tap + kx) sum += E::load(pooled[sources[i].pooled + x]);
+    }
+  if (p.relu && sum < 0) sum = 0;
+  return E::store(sum);
+}
+
 // Output row in vectors of stride-2 pairs; cells that no whole vector reaches are done one by one.
 template <class T, int width, bool overlap>
 void stride2_row(const Params& p, const Axis& rows, const Axis& columns, const T* pooled, const void* switches,
                  int64_t row, T* out) {
   using Cell = typename Sum<T, 1, overlap>::Cell;
+  const uint8_t* here = static_cast<const uint8_t*>(switches);
   Source sources[kMaxSources];
   const int count = find_sources(p, rows, columns, row, sources);
   // pooled columns [first, last) whose two cells lie in the map and whose left neighbour exists where it is read
@@ -170,19 +261,20 @@ void stride2_row(const Params& p, const Axis& rows, const Axis& columns, const T
   last = last < first ? first : last;
   const int64_t head = first < last ? 2 * first - columns.shift : columns.end;
   const int64_t tail = first < last ? 2 * last - columns.shift : columns.end;
-  for (int64_t x = columns.begin; x < head; ++x) out[x] = collect_cell(p, rows, columns, pooled, switches, row, x);
+  for (int64_t x = columns.begin; x < head; ++x) out[x] = edge_cell<T, 2>(p, sources, count, columns, pooled, here, x);
   in_vectors<full_lanes<T, overlap>>(last - first, [&](auto lanes, int64_t i) {
     stride2_cells<T, decltype(lanes)::value, width, overlap>(sources, count, p.relu, pooled,
-                                                    static_cast<const uint8_t*>(switches), first + i,
+                                                    here, first + i,
                                                     reinterpret_cast<Cell*>(out) + 2 * (first + i) - columns.shift);
   });
-  for (int64_t x = tail; x < columns.end; ++x) out[x] = collect_cell(p, rows, columns, pooled, switches, row, x);
+  for (int64_t x = tail; x < columns.end; ++x) out[x] = edge_cell<T, 2>(p, sources, count, columns, pooled, here, x);
 }
 
 template <class T>
 void stride1_row(const Params& p, const Axis& rows, const Axis& columns, const T* pooled, const void* switches,
                  int64_t row, T* out) {
   using Cell = typename Sum<T, 1, true>::Cell;
+  const uint8_t* here = static_cast<const uint8_t*>(switches);
   Source sources[kMaxSources];
   const int count = find_sources(p, rows, columns, row, sources);
   // output columns [first, last) that the whole window reaches
@@ -190,12 +282,12 @@ void stride1_row(const Params& p, const Axis& rows, const Axis& columns, const T
   first = first < columns.begin ? columns.begin : first;
   last = last < columns.end ? last : columns.end;
   if (first >= last) first = last = columns.end;
-  for (int64_t x = columns.begin; x < first; ++x) out[x] = collect_cell(p, rows, columns, pooled, switches, row, x);
+  for (int64_t x = columns.begin; x < first; ++x) out[x] = edge_cell<T, 1>(p, sources, count, columns, pooled, here, x);
   in_vectors<full_lanes<T, true>>(last - first, [&](auto lanes, int64_t i) {
-    stride1_cells<T, decltype(lanes)::value>(sources, count, p.relu, pooled, static_cast<const uint8_t*>(switches),
+    stride1_cells<T, decltype(lanes)::value>(sources, count, p.relu, pooled, here,
                                              columns, first + i, reinterpret_cast<Cell*>(out) + first + i);
   });
-  for (int64_t x = last; x < columns.end; ++x) out[x] = collect_cell(p, rows, columns, pooled, switches, row, x);
+  for (int64_t x = last; x < columns.end; ++x) out[x] = edge_cell<T, 1>(p, sources, count, columns, pooled, here, x);
 }
 
 template <class T>
@@ -219,12 +311,15 @@ RowFunction<T> row_function(const Params& p) {
   return any_row<T>;
 }
 
-template <class T>
-void unpool_planes(const Params& p, int threads) {
+template <class T, class Switch>
+bool unpool_planes(const Params& p, int threads) {
   const RowFunction<T> make_row = row_function<T>(p);
+  const SwitchCheck<Switch> check(p);
+  int invalid = 0;
   const int64_t lines = p.batch * p.channels * p.out_height;
   parallel_for(lines, 1 + kGrain / (p.out_width + 1), threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
+      if (!check.part_valid(i, lines)) __atomic_store_n(&invalid, 1, __ATOMIC_RELAXED);
       const int64_t row = i % p.out_height, plane = i / p.out_height;
       const int64_t n = plane / p.channels, c = plane % p.channels;
       const Axis rows = unpool::axis(p, n, 0);
@@ -235,19 +330,23 @@ void unpool_planes(const Params& p, int threads) {
       std::memset(out + columns.end, 0, (p.out_width - columns.end) * sizeof(T));
       const T* pooled = static_cast<const T*>(p.pooled) + n * p.pooled_stride[0] + c * p.pooled_stride[1];
       const int64_t at = n * p.switches_stride[0] + c * p.switches_stride[1];
-      make_row(p, rows, columns, pooled, static_cast<const char*>(p.switches) + at * p.switch_bytes, row, out);
+      make_row(p, rows, columns, pooled, static_cast<const Switch*>(p.switches) + at, row, out);
     }
   });
+  return !invalid;
 }
 
 // --- channels side by side --------------------------------------------------------------------------------------------
 
 template <class T, bool overlap>
-void unpool_channels(const Params& p, int threads) {
+bool unpool_channels(const Params& p, int threads) {
   using Cell = typename Sum<T, 1, overlap>::Cell;
+  const SwitchCheck<uint8_t> check(p);
+  int invalid = 0;
   const int64_t lines = p.batch * p.out_height;
   parallel_for(lines, 1 + kGrain / (p.out_width * p.channels + 1), threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
+      if (!check.part_valid(i, lines)) __atomic_store_n(&invalid, 1, __ATOMIC_RELAXED);
       const int64_t row = i % p.out_height, n = i / p.out_height;
       const Axis rows = unpool::axis(p, n, 0), columns = unpool::axis(p, n, 1);
       const Cell* pooled = static_cast<const Cell*>(p.pooled) + n * p.pooled_stride[0];
@@ -280,19 +379,23 @@ void unpool_channels(const Params& p, int threads) {
       }
     }
   });
+  return !invalid;
 }
 
 // Any strides, one cell at a time: wide windows in channels_last.
-template <class T>
-void unpool_cells(const Params& p, int threads) {
+template <class T, class Switch>
+bool unpool_cells(const Params& p, int threads) {
+  const SwitchCheck<Switch> check(p);
+  int invalid = 0;
   const int64_t planes = p.batch * p.channels;
   parallel_for(planes, 1 + kGrain / (p.out_height * p.out_width + 1), threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
+      if (!check.part_valid(i, planes)) __atomic_store_n(&invalid, 1, __ATOMIC_RELAXED);
       const int64_t n = i / p.channels, c = i % p.channels;
       const Axis rows = unpool::axis(p, n, 0), columns = unpool::axis(p, n, 1);
       const T* pooled = static_cast<const T*>(p.pooled) + n * p.pooled_stride[0] + c * p.pooled_stride[1];
-      const void* switches = static_cast<const char*>(p.switches) +
-                             (n * p.switches_stride[0] + c * p.switches_stride[1]) * p.switch_bytes;
+      const Switch* switches =
+          static_cast<const Switch*>(p.switches) + n * p.switches_stride[0] + c * p.switches_stride[1];
       T* out = static_cast<T*>(p.out) + n * p.out_stride[0] + c * p.out_stride[1];
       for (int64_t row = 0; row < p.out_height; ++row)
         for (int64_t column = 0; column < p.out_width; ++column) {
@@ -302,82 +405,33 @@ void unpool_cells(const Params& p, int threads) {
         }
     }
   });
-}
-
-// --- switches that point nowhere --------------------------------------------------------------------------------------
-
-// Is window `at` able to point outside the map along this axis?
-bool crosses_edge(const Axis& a, int64_t at) {
-  const int64_t start = at * a.stride - a.shift;
-  return start < a.begin || start + a.dilation * (a.kernel - 1) >= a.end;
-}
-
-template <class Switch>
-bool valid_tap(const Params& p, const Axis& rows, const Axis& columns, int64_t y, int64_t x, Switch here) {
-  if (here < 0 || here >= rows.kernel * columns.kernel) return false;
-  const int64_t row = y * rows.stride - rows.shift + here / columns.kernel * rows.dilation;
-  const int64_t column = x * columns.stride - columns.shift + here % columns.kernel * columns.dilation;
-  return p.origin || (row >= rows.begin && row < rows.end && column >= columns.begin && column < columns.end);
-}
-
-// All switches stay inside their windows and, without origin, inside the map. Walks them in memory order.
-template <class Switch>
-bool switches_valid(const Params& p, int threads) {
-  int invalid = 0;
-  const bool channels_last = p.switches_stride[1] == 1 && p.switches_stride[3] != 1;
-  const int64_t outer = channels_last ? 1 : p.channels;
-  const int64_t lines = p.batch * outer * p.height;
-  const int64_t cells = channels_last ? p.width * p.channels : p.width;
-  parallel_for(lines, 1 + 8 * kGrain / (cells + 1), threads, [&](int64_t begin, int64_t end) {
-    const Axis rows = unpool::axis(p, 0, 0), columns = unpool::axis(p, 0, 1);
-    const int64_t taps = p.kernel[0] * p.kernel[1];
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t y = i % p.height, c = i / p.height % outer, n = i / p.height / outer;
-      const Switch* line = static_cast<const Switch*>(p.switches) + n * p.switches_stride[0] +
-                           c * p.switches_stride[1] + y * p.switches_stride[2];
-      const bool edge_row = !p.origin && crosses_edge(rows, y);
-      bool bad = false;
-      if (channels_last) {
-        for (int64_t x = 0; x < p.width; ++x) {
-          const Switch* cell = line + x * p.switches_stride[3];
-          for (int64_t k = 0; k < p.channels; ++k) bad |= cell[k] < 0 || cell[k] >= taps;
-          if (edge_row || (!p.origin && crosses_edge(columns, x)))
-            for (int64_t k = 0; k < p.channels; ++k) bad |= !valid_tap(p, rows, columns, y, x, cell[k]);
-        }
-      } else {
-        for (int64_t x = 0; x < p.width; ++x) bad |= line[x] < 0 || line[x] >= taps;
-        for (int64_t x = 0; x < p.width; ++x)
-          if (edge_row || (!p.origin && crosses_edge(columns, x)))
-            bad |= !valid_tap(p, rows, columns, y, x, line[x]);
-      }
-      if (bad) __atomic_store_n(&invalid, 1, __ATOMIC_RELAXED);
-    }
-  });
   return !invalid;
 }
 
-template <class T>
+template <class T, class Switch>
 int unpool_all(const Params& p, int threads) {
   const int64_t overlaps = most_sources(p, 0) * most_sources(p, 1);
+  bool valid = true;
   if (p.pooled_stride[3] == 1 && p.switches_stride[3] == 1 && p.out_stride[3] == 1)
-    unpool_planes<T>(p, threads);
+    valid = unpool_planes<T, Switch>(p, threads);
   else if (p.pooled_stride[1] != 1 || p.switches_stride[1] != 1 || p.out_stride[1] != 1)
     return CONELENS_UNSUPPORTED_LAYOUT;
-  else if (p.switch_bytes != 1 || overlaps > kMaxSources)
-    unpool_cells<T>(p, threads);
+  else if (sizeof(Switch) != 1 || overlaps > kMaxSources)
+    valid = unpool_cells<T, Switch>(p, threads);
   else if (overlaps > 1)
-    unpool_channels<T, true>(p, threads);
+    valid = unpool_channels<T, true>(p, threads);
   else
-    unpool_channels<T, false>(p, threads);
-  return CONELENS_OK;
+    valid = unpool_channels<T, false>(p, threads);
+  return valid ? CONELENS_OK : CONELENS_INVALID_SWITCH;
 }
 
 }  // namespace
 
 int max_unpool2d(const Params& p, int threads) {
-  const bool valid = p.switch_bytes == 1 ? switches_valid<uint8_t>(p, threads) : switches_valid<int32_t>(p, threads);
-  if (!valid) return CONELENS_INVALID_SWITCH;
-  return dispatch_dtype(p.dtype, [&](auto type) { return unpool_all<typename decltype(type)::type>(p, threads); });
+  return dispatch_dtype(p.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    return p.switch_bytes == 1 ? unpool_all<T, uint8_t>(p, threads) : unpool_all<T, int32_t>(p, threads);
+  });
 }
 
 }  // namespace conelens::cpu::CONELENS_ISA
