@@ -17,7 +17,7 @@ struct Peak {
 };
 
 // The first maximum of a window, of NaNs the last; `map` points at the channel's first cell.
-template <class T>
+template <int unroll, class T>
 CONELENS_DEVICE Peak<T> reduce_window(const Params& p, const T* map, int64_t out_y, int64_t out_x) {
   const int64_t start_y = out_y * p.stride[0] - p.padding[0], start_x = out_x * p.stride[1] - p.padding[1];
   const int64_t first_y = pool::first_tap(start_y, p.dilation[0]), first_x = pool::first_tap(start_x, p.dilation[1]);
@@ -26,6 +26,7 @@ CONELENS_DEVICE Peak<T> reduce_window(const Params& p, const T* map, int64_t out
   Peak<T> best{-static_cast<Compute<T>>(INFINITY), static_cast<int>(first_y * p.kernel[1] + first_x)};
   for (int64_t ky = first_y; ky < end_y; ++ky) {
     const T* row = map + (start_y + ky * p.dilation[0]) * p.x_stride[2];
+#pragma unroll unroll
     for (int64_t kx = first_x; kx < end_x; ++kx) {
       Compute<T> value = widen(load_one(row + (start_x + kx * p.dilation[1]) * p.x_stride[3]));
       if (p.relu) value = rectify(value);
@@ -36,7 +37,7 @@ CONELENS_DEVICE Peak<T> reduce_window(const Params& p, const T* map, int64_t out
 }
 
 template <class T, class Switch, class Index>
-__global__ void __launch_bounds__(kThreads) pool_cells(Params p, bool channels_last, Index threads) {
+__global__ void __launch_bounds__(kThreads) pool_cells(const __grid_constant__ Params p, bool channels_last, Index threads) {
   Index index = thread_index<Index>();
   if (index >= threads) return;
   int64_t channel = 0;
@@ -46,7 +47,7 @@ __global__ void __launch_bounds__(kThreads) pool_cells(Params p, bool channels_l
   if (!channels_last) channel = take_axis(index, static_cast<Index>(p.channels));
   const int64_t sample = index;
   const T* map = static_cast<const T*>(p.x) + sample * p.x_stride[0] + channel * p.x_stride[1];
-  const Peak<T> best = reduce_window(p, map, out_y, out_x);
+  const Peak<T> best = reduce_window<4>(p, map, out_y, out_x);
   static_cast<T*>(p.pooled)[sample * p.pooled_stride[0] + channel * p.pooled_stride[1] +
                             out_y * p.pooled_stride[2] + out_x * p.pooled_stride[3]] = narrow<T>(best.value);
   static_cast<Switch*>(p.switches)[sample * p.switches_stride[0] + channel * p.switches_stride[1] +
@@ -131,8 +132,23 @@ CONELENS_DEVICE RowPeak<N> row_peak(const uint32_t (&taps)[K][N]) {
   return peak;
 }
 
+// Where NaN is about, equality finds no tap: the strip is done again cell by cell.
+template <class T, int V>
+CONELENS_DEVICE void redo_strip(const Params& p, const T* map, T* pooled, uint8_t* switches, int lane_axis,
+                                 int64_t out_x, int64_t out_y) {
+#pragma unroll 1
+  for (int64_t y = out_y; y < out_y + kStripRows && y < p.out_height; ++y)
+#pragma unroll 1
+    for (int lane = 0; lane < V; ++lane) {
+      const T* cells = lane_axis == 1 ? map + lane * p.x_stride[1] : map;
+      const Peak<T> peak = reduce_window<1>(p, cells, y, lane_axis == 1 ? out_x : out_x + lane);
+      pooled[y * p.pooled_stride[2] + lane * p.pooled_stride[lane_axis]] = narrow<T>(peak.value);
+      switches[y * p.switches_stride[2] + lane * p.switches_stride[lane_axis]] = static_cast<uint8_t>(peak.tap);
+    }
+}
+
 template <class T, int V, int K, bool channels_last, int padding_x>
-__global__ void __launch_bounds__(kThreads) pool_strips(Params p, uint32_t threads) {
+__global__ void __launch_bounds__(kThreads, 4) pool_strips(const __grid_constant__ Params p, uint32_t threads) {
   constexpr int N = kWords<T, V>;
   uint32_t index = thread_index<uint32_t>();
   if (index >= threads) return;
@@ -152,9 +168,10 @@ __global__ void __launch_bounds__(kThreads) pool_strips(Params p, uint32_t threa
   const int64_t sample = index;
   const T* map = static_cast<const T*>(p.x) + sample * p.x_stride[0] + channel * p.x_stride[1];
   T* pooled = static_cast<T*>(p.pooled) + sample * p.pooled_stride[0] + channel * p.pooled_stride[1] +
-              out_y * p.pooled_stride[2] + out_x * p.pooled_stride[3];
+              out_x * p.pooled_stride[3];
   uint8_t* switches = static_cast<uint8_t*>(p.switches) + sample * p.switches_stride[0] +
-                      channel * p.switches_stride[1] + out_y * p.switches_stride[2] + out_x * p.switches_stride[3];
+                      channel * p.switches_stride[1] + out_x * p.switches_stride[3];
+  uint32_t not_a_number = 0;
   // A window without a value above `floor` takes its first tap inside the map: column 1 where it starts left of it.
   const uint32_t floor = p.relu ? 0u : kLowest<T>;
   uint32_t first_column[N];
@@ -168,7 +185,7 @@ __global__ void __launch_bounds__(kThreads) pool_strips(Params p, uint32_t threa
   RowPeak<N> shared_row;  // K == 3: the last row of one window is the first of the next
 #pragma unroll
   for (int strip_row = 0; strip_row < kStripRows; ++strip_row, ++out_y) {
-    if (out_y >= p.out_height) return;
+    if (out_y >= p.out_height) continue;
     const int64_t start = out_y * 2 - p.padding[0];
     RowPeak<N> rows[K];
 #pragma unroll
@@ -210,26 +227,13 @@ __global__ void __launch_bounds__(kThreads) pool_strips(Params p, uint32_t threa
         values[i * kLanes<T> + lane] = from_words<T>(word, lane);
         taps[i * kLanes<T> + lane] = static_cast<uint8_t>(lane_of<T>(where, lane));
       }
-      if (lane_equal<T>(value, value) != ~0u) {  // NaN, where equality finds nothing: rare
-#pragma unroll 1
-        for (int lane = 0; lane < kLanes<T> && i * kLanes<T> + lane < V; ++lane) {
-          const int at = i * kLanes<T> + lane;
-          const T* cell = channels_last ? map + at * p.x_stride[1] : map;
-          const Peak<T> peak = reduce_window(p, cell, out_y, channels_last ? out_x : out_x + at);
-#pragma unroll
-          for (int j = 0; j < V; ++j)  // registers want constant indices
-            if (j == at) {
-              values[j] = narrow<T>(peak.value);
-              taps[j] = static_cast<uint8_t>(peak.tap);
-            }
-        }
-      }
+      not_a_number |= ~lane_equal<T>(value, value);
     }
-    store_vector(pooled, values);
-    store_vector(switches, taps);
-    pooled += p.pooled_stride[2];
-    switches += p.switches_stride[2];
+    store_vector(pooled + out_y * p.pooled_stride[2], values);
+    store_vector(switches + out_y * p.switches_stride[2], taps);
   }
+  if (not_a_number)
+    redo_strip<T, V>(p, map, pooled, switches, channels_last ? 1 : 3, out_x, out_y - kStripRows);
 }
 
 // --- choice --------------------------------------------------------------------------------------------------------
