@@ -8,6 +8,7 @@
 
 #include "dtype.h"
 #include "parallel.h"
+#include "sparse_lists.h"
 #include "sparse_product.h"
 
 namespace conelens::cpu::CONELENS_ISA {
@@ -20,6 +21,8 @@ using Params = conelens_deconv2d_params;
 
 constexpr int64_t kFilterBytes = 24576;  // a packed filter block lives in the first-level cache
 constexpr int64_t kTileBytes = 262144;   // an output tile, and the lists beside it, in the second-level cache
+constexpr int64_t kThreadWork = 262144;
+constexpr int64_t kStage = 32;           // cells whose channels are put side by side at a time
 constexpr int64_t kDepth = kFilterBytes / (kSums * kVectorBytes);  // input channels of a list
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -39,7 +42,7 @@ struct Plan {
   int vectors, segments;                   // of one pass over the lists
   int64_t taps_per_run;                    // columns of taps in a segment
   int64_t block, blocks;                   // output channels of a tile; number of blocks in all groups
-  int64_t depth, lists;                    // input channels of a list, lists of a cell (of one group)
+  int64_t depth, lists, slot;              // input channels of a list, lists of a cell (of one group), room of a list
   int64_t in_group, out_group;             // channels of a group
   int64_t natural;                         // columns that the whole signal reaches
   int64_t cell, row;                       // elements of a tile's cell and of its row
@@ -53,6 +56,7 @@ struct Plan {
     out_group = p.out_channels / p.groups;
     depth = min(in_group, kDepth);
     lists = div_up(in_group, depth);
+    slot = div_up(depth, kSlotUnit) * kSlotUnit;
     natural = (columns.signal - 1) * columns.stride + columns.dilation * (columns.taps - 1) + 1;
     flat = columns.dilation == 1 && 2 * out_group <= lanes;
     if (flat) {
@@ -89,7 +93,7 @@ struct Plan {
 
   int64_t filter() const { return depth * segments * vectors * Simd<T>::lanes; }
   int64_t scratch_bytes() const {
-    return lists * cells * (depth * static_cast<int64_t>(sizeof(Entry<T>)) + 4) +
+    return lists * cells * (slot * static_cast<int64_t>(sizeof(Entry<T>)) + 4) +
            (filter() + tile) * static_cast<int64_t>(sizeof(T)) + 256;
   }
 };
@@ -100,12 +104,15 @@ struct Task {
 
   const Params& p;
   const Plan<T>& plan;
-  Entry<T>* entries;  // [lists, cells, depth]
+  Entry<T>* entries;  // [lists, cells, slot]
   int32_t* counts;    // [lists, cells]
   T* filter;          // [depth, segments, vectors]
   T* tile;            // [batch, strip, row], and a spare row
   Span samples, out_rows, signal_rows;
   bool invalid = false;
+
+  static T convert_staged(E element) { return Element<E>::load(element); }
+  static uint8_t convert_staged(uint8_t element) { return element; }
 
   int64_t cell_index(int64_t sample, int64_t row) const {
     return ((sample - samples.begin) * plan.signal_rows + row - signal_rows.begin) * plan.columns.signal;
@@ -114,64 +121,77 @@ struct Task {
     return static_cast<int32_t>(channel * plan.segments * plan.vectors * Simd<T>::lanes);
   }
 
-  void append(int64_t list, int64_t cell, int32_t offset, E element) {
-    const T value = Element<E>::load(element);
-    int32_t& count = counts[list * plan.cells + cell];
-    entries[(list * plan.cells + cell) * plan.depth + count] = {value, offset};
-    count += p.relu ? !(value <= 0) : value != 0;  // NaN stays, so that it reaches the result
+  Entry<T>* slot(int64_t list, int64_t cell) const { return entries + (list * plan.cells + cell) * plan.slot; }
+
+  // Channels of up to kStage neighbouring cells, side by side: `from` where they already lie so, else a copy.
+  template <class To, class From>
+  const To* stage(To* copy, const From* from, int64_t cell_stride, int64_t channel_stride, int64_t cells, int64_t channels,
+                  int64_t* stride) const {
+    if constexpr (sizeof(To) == sizeof(From))
+      if (channel_stride == 1) return *stride = cell_stride, reinterpret_cast<const To*>(from);
+    *stride = kDepth;
+    for (int64_t channel = 0; channel < channels; ++channel)
+      for (int64_t c = 0; c < cells; ++c)
+        copy[c * kDepth + channel] = convert_staged(from[c * cell_stride + channel * channel_stride]);
+    return copy;
   }
 
   void list_map(int64_t sample, int64_t first_channel, Span rows, Span columns) {
+    T copy[kStage * kDepth];
     const int64_t* stride = p.y_stride;
     const E* y = static_cast<const E*>(p.y) + sample * stride[0] + first_channel * stride[1];
-    if (stride[1] == 1) {
-      for (int64_t r = rows.begin; r < rows.end; ++r)
-        for (int64_t c = columns.begin; c < columns.end; ++c) {
-          const E* channels = y + r * stride[2] + c * stride[3];
-          const int64_t cell = cell_index(sample, r) + c;
-          for (int64_t list = 0, channel = 0; list < plan.lists; ++list)
-            for (int64_t i = 0; i < plan.depth && channel < plan.in_group; ++i, ++channel)
-              append(list, cell, offset_of(i), channels[channel]);
+    for (int64_t r = rows.begin; r < rows.end; ++r)
+      for (int64_t begin = columns.begin; begin < columns.end; begin += kStage)
+        for (int64_t list = 0; list < plan.lists; ++list) {
+          const int64_t cells = min(kStage, columns.end - begin), channel = list * plan.depth;
+          const int64_t channels = min(plan.depth, plan.in_group - channel), cell = cell_index(sample, r) + begin;
+          int64_t step;
+          const T* values = stage(copy, y + r * stride[2] + begin * stride[3] + channel * stride[1], stride[3], stride[1],
+                                  cells, channels, &step);
+          for (int64_t c = 0; c < cells; ++c)
+            counts[list * plan.cells + cell + c] =
+                append_channels<T>(slot(list, cell + c), 0, values + c * step, nullptr, 0, channels, offset_of(1), p.relu);
         }
-      return;
-    }
-    for (int64_t channel = 0; channel < plan.in_group; ++channel) {
-      const int64_t list = channel / plan.depth;
-      const int32_t offset = offset_of(channel % plan.depth);
-      for (int64_t r = rows.begin; r < rows.end; ++r) {
-        const E* values = y + channel * stride[1] + r * stride[2];
-        const int64_t cell = cell_index(sample, r);
-        for (int64_t c = columns.begin; c < columns.end; ++c) append(list, cell + c, offset, values[c * stride[3]]);
-      }
-    }
   }
 
   // Each signal cell collects at most one pooled cell: overlapping pools are unpooled before they come here.
-  template <class Switch>
   void list_pooled(int64_t sample, int64_t first_channel, Span rows, Span columns) {
+    T value_copy[kStage * kDepth];
+    uint8_t switch_copy[kStage * kDepth];
     const Axis &ra = plan.rows, &ca = plan.columns;
     const int64_t *ys = p.y_stride, *ss = p.switches_stride;
     const E* y = static_cast<const E*>(p.y) + sample * ys[0] + first_channel * ys[1];
-    const Switch* switches = static_cast<const Switch*>(p.switches) + sample * ss[0] + first_channel * ss[1];
-    const uint32_t width = static_cast<uint32_t>(ca.pool_taps), taps = static_cast<uint32_t>(ra.pool_taps) * width;
-    const int64_t reach = ra.pool_dilation * (ra.pool_taps - 1);
-    const int64_t first = max(0, ceil_div(rows.begin + ra.pool_shift - reach, ra.pool_stride));
+    const uint8_t* switches = static_cast<const uint8_t*>(p.switches) + sample * ss[0] + first_channel * ss[1];
+    const int64_t first = max(0, ceil_div(rows.begin + ra.pool_shift - ra.pool_dilation * (ra.pool_taps - 1), ra.pool_stride));
     const int64_t last = min(ra.y - 1, floor_div(rows.end - 1 + ra.pool_shift, ra.pool_stride));
-    const bool channels_inner = ys[1] == 1;
-    const int64_t outer = channels_inner ? ca.y : plan.in_group, inner = channels_inner ? plan.in_group : ca.y;
     for (int64_t q = first; q <= last; ++q)
-      for (int64_t a = 0; a < outer; ++a)
-        for (int64_t b = 0; b < inner; ++b) {
-          const int64_t channel = channels_inner ? b : a, x = channels_inner ? a : b;
-          const uint32_t tap = static_cast<uint32_t>(switches[channel * ss[1] + q * ss[2] + x * ss[3]]);
-          const int64_t r = q * ra.pool_stride - ra.pool_shift + ra.pool_dilation * (tap / width);
-          const int64_t c = x * ca.pool_stride - ca.pool_shift + ca.pool_dilation * (tap % width);
-          if (tap >= taps || c < columns.begin || c >= columns.end || r < rows.begin || r >= rows.end) {
-            invalid |= tap >= taps || (!p.origin && (c < 0 || c >= ca.signal || r < 0 || r >= ra.signal));
-            continue;
+      for (int64_t begin = 0; begin < ca.y; begin += kStage)
+        for (int64_t list = 0; list < plan.lists; ++list) {
+          const int64_t cells = min(kStage, ca.y - begin), channel = list * plan.depth;
+          const int64_t channels = min(plan.depth, plan.in_group - channel);
+          int64_t value_step, switch_step;
+          const T* values = stage(value_copy, y + q * ys[2] + begin * ys[3] + channel * ys[1], ys[3], ys[1], cells, channels,
+                                  &value_step);
+          const uint8_t* taps = stage(switch_copy, switches + q * ss[2] + begin * ss[3] + channel * ss[1], ss[3], ss[1],
+                                      cells, channels, &switch_step);
+          for (int64_t c = 0; c < cells; ++c) {
+            int64_t x = begin + c, tap = 0;
+            for (int64_t i = 0; i < channels; ++i) invalid |= taps[c * switch_step + i] >= ra.pool_taps * ca.pool_taps;
+            for (int64_t ky = 0; ky < ra.pool_taps; ++ky)
+              for (int64_t kx = 0; kx < ca.pool_taps; ++kx, ++tap) {
+                const int64_t row = q * ra.pool_stride - ra.pool_shift + ra.pool_dilation * ky;
+                const int64_t column = x * ca.pool_stride - ca.pool_shift + ca.pool_dilation * kx;
+                const bool outside = column < columns.begin || column >= columns.end || row < rows.begin || row >= rows.end;
+                if (!outside) {
+                  const int64_t cell = cell_index(sample, row) + column;
+                  counts[list * plan.cells + cell] =
+                      append_channels<T>(slot(list, cell), 0, values + c * value_step, taps + c * switch_step,
+                                         static_cast<int>(tap), channels, offset_of(1), p.relu);
+                } else if (!p.origin && (column < 0 || column >= ca.signal || row < 0 || row >= ra.signal)) {
+                  for (int64_t i = 0; i < channels; ++i) invalid |= taps[c * switch_step + i] == tap;
+                }
+              }
           }
-          append(channel / plan.depth, cell_index(sample, r) + c, offset_of(channel % plan.depth),
-                 y[channel * ys[1] + q * ys[2] + x * ys[3]]);
         }
   }
 
@@ -181,12 +201,10 @@ struct Task {
       const Span rows = intersect(signal_rows, deconv::live_signal(p, n, 0, plan.rows.signal));
       const Span columns = deconv::live_signal(p, n, 1, plan.columns.signal);
       if (rows.begin >= rows.end || columns.begin >= columns.end) continue;
-      if (!p.switches)
-        list_map(n, group * plan.in_group, rows, columns);
-      else if (p.switch_bytes == 4)
-        list_pooled<int32_t>(n, group * plan.in_group, rows, columns);
+      if (p.switches)
+        list_pooled(n, group * plan.in_group, rows, columns);
       else
-        list_pooled<uint8_t>(n, group * plan.in_group, rows, columns);
+        list_map(n, group * plan.in_group, rows, columns);
     }
   }
 
@@ -221,7 +239,7 @@ struct Task {
     memset(used, 0, plan.depth);
     const int32_t unit = offset_of(1);
     for (int64_t cell = list * plan.cells; cell < (list + 1) * plan.cells; ++cell)
-      for (int32_t i = 0; i < counts[cell]; ++i) used[entries[cell * plan.depth + i].offset / unit] = true;
+      for (int32_t i = 0; i < counts[cell]; ++i) used[entries[cell * plan.slot + i].offset / unit] = true;
     return used;
   }
 
@@ -250,8 +268,8 @@ struct Task {
       const Span columns = deconv::live_signal(p, n, 1, ca.signal);
       for (int64_t r = rows.begin; r < rows.end; ++r) {
         const int64_t cell = list * plan.cells + cell_index(n, r) + columns.begin;
-        CellRow<T> row{entries + cell * plan.depth, counts + cell, columns.end - columns.begin,
-                       plan.depth, ca.stride * plan.cell, filter, {}};
+        CellRow<T> row{entries + cell * plan.slot, counts + cell, columns.end - columns.begin,
+                       plan.slot, ca.stride * plan.cell, filter, {}};
         for (int s = 0; s < segments; ++s) {
           const int64_t tap_row = plan.flat ? ky + s : ky, tap_column = plan.flat ? kx : kx + s;
           row.runs[s] = tile_row(n, r * ra.stride - ra.shift + ra.dilation * tap_row) +
@@ -317,9 +335,16 @@ struct Task {
   }
 };
 
+// Threads that the work can keep busy: waking one costs as much as kThreadWork products.
+int useful_threads(const Params& p, int threads) {
+  const int64_t cells = p.batch * p.y_size[0] * p.y_size[1], taps = p.kernel[0] * p.kernel[1];
+  return static_cast<int>(min(threads, 1 + cells * p.in_channels * (p.out_channels / p.groups) * taps / kThreadWork));
+}
+
 template <class E>
 int run(const Params& p, int threads) {
   using T = typename Element<E>::Compute;
+  threads = useful_threads(p, threads);
   const Plan<T> plan(p, threads);
   const int64_t tasks = plan.batches * plan.strips * plan.shares;
   int code = CONELENS_OK;
@@ -333,7 +358,7 @@ int run(const Params& p, int threads) {
     task.filter = reinterpret_cast<T*>(memory);
     task.tile = task.filter + plan.filter();
     task.entries = reinterpret_cast<Entry<T>*>(task.tile + (plan.tile + 15) / 16 * 16);
-    task.counts = reinterpret_cast<int32_t*>(task.entries + plan.lists * plan.cells * plan.depth);
+    task.counts = reinterpret_cast<int32_t*>(task.entries + plan.lists * plan.cells * plan.slot);
     for (int64_t t = begin; t < end; ++t) {
       const int64_t share = t % plan.shares, strip = t / plan.shares % plan.strips, batch = t / plan.shares / plan.strips;
       const Axis& rows = plan.rows;
@@ -353,6 +378,7 @@ int run(const Params& p, int threads) {
 }  // namespace
 
 int deconv2d(const conelens_deconv2d_params& p, int threads) {
+  if (p.switches && p.switch_bytes != 1) return CONELENS_INVALID_ARGUMENT;  // windows of more than 256 taps
   for (int i = 0; i < 2; ++i)  // lists hold a channel once
     if (p.switches && p.pool_stride[i] <= p.pool_dilation[i] * (p.pool_kernel[i] - 1)) return CONELENS_INVALID_ARGUMENT;
   return dispatch_dtype(p.dtype, [&](auto type) { return run<typename decltype(type)::type>(p, threads); });

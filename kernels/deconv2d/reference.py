@@ -1,4 +1,4 @@
-"""Specification of deconv2d in plain PyTorch: unpool, rectify, mask, transposed filter, crop, mask. See README.md."""
+"""Specification of deconv2d in plain PyTorch: unpool, rectify, mask, filter, crop, mask. See README.md."""
 
 from __future__ import annotations
 
@@ -28,20 +28,34 @@ def deconv2d(
 ) -> Tensor:
     """Transposed convolution of y [N,Ci,h,w] with the forward filter weight [Ci,Co/groups,kh,kw].
 
-    `map_size` is the size of the map the filter acts on (the forward convolution's output), `output_size` that of
-    the map it writes. With `pool` = (kernel, stride, padding, dilation) y is first unpooled by `switches`; `relu`
-    rectifies after the unpool and before the filter. With `origin` [N,2] y is a window of its map, the result is
-    the natural window, and cells outside either map are zero. Halves are computed in float32 and rounded once.
+    `map_size` is the size of the map the filter acts on (the forward convolution's output), `output_size`
+    that of the map it writes. With `pool` = (kernel, stride, padding, dilation) y is first unpooled by `switches`;
+    `relu` rectifies after the unpool and before the filter. With `origin` [N,2] y is a window of its map, the
+    result is the natural window, and cells outside either map are zero. Halves compute in float32.
     """
-    half = y.dtype in (torch.float16, torch.bfloat16)
-    signal = top_down_signal(y.float() if half else y, map_size, pool, switches, relu, origin)
-    natural = F.conv_transpose2d(signal, weight.to(signal.dtype), None, stride, 0, 0, groups, dilation)
-    if origin is None:
-        out = cells_from(natural, padding, output_size)
-    else:
-        first = filter_origin(origin, pool)
-        out = mask_outside(natural, first * first.new_tensor(stride) - first.new_tensor(padding), output_size)
+    wide = y.float() if y.dtype in (torch.float16, torch.bfloat16) else y
+    signal = top_down_signal(wide, map_size, pool, switches, relu, origin)
+    first = None if origin is None else filter_origin(origin, pool)
+    weight = weight.to(wide.dtype)
+    out = transposed_filter(signal, weight, stride, padding, groups, dilation, output_size, first)
     return out.to(y.dtype)
+
+
+def transposed_filter(
+    signal: Tensor,
+    weight: Tensor,
+    stride: Pair,
+    padding: Pair,
+    groups: int,
+    dilation: Pair,
+    output_size: Pair,
+    first: Tensor | None,
+) -> Tensor:
+    """signal [N,Ci,h,w], zero outside its map, onto the map of output_size, or its window at `first`."""
+    natural = F.conv_transpose2d(signal, weight, None, stride, 0, 0, groups, dilation)
+    if first is None:
+        return cells_from(natural, padding, output_size)
+    return mask_outside(natural, first * first.new_tensor(stride) - first.new_tensor(padding), output_size)
 
 
 def top_down_signal(
@@ -61,7 +75,7 @@ def filter_origin(origin: Tensor, pool: Pool | None) -> Tensor:
 
 
 def cells_from(x: Tensor, first: Pair, size: Pair) -> Tensor:
-    """[N,C,*size]: cells of x [N,C,h,w] from cell `first` on, which may be negative; zero where x has none."""
+    """[N,C,*size]: cells of x [N,C,h,w] from cell `first` on (may be negative); zero where x has none."""
     pads: list[int] = []
     for axis in (3, 2):  # F.pad wants the last axis first
         begin, end = first[axis - 2], first[axis - 2] + size[axis - 2]
@@ -73,7 +87,7 @@ def cells_from(x: Tensor, first: Pair, size: Pair) -> Tensor:
 
 
 def mask_outside(x: Tensor, origin: Tensor, size: Pair) -> Tensor:
-    """x [N,C,h,w], the window whose first cell is at origin [N,2] of a map of `size`: zero outside that map."""
+    """x [N,C,h,w], the window at origin [N,2] of a map of `size`: zero outside that map."""
     rows = origin[:, 0, None] + torch.arange(x.shape[2], device=x.device)
     cols = origin[:, 1, None] + torch.arange(x.shape[3], device=x.device)
     inside_rows = (rows >= 0) & (rows < size[0])

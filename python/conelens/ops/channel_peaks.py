@@ -25,18 +25,20 @@ class ChannelPeaks(NamedTuple):
 
 
 @arguments.takes_arrays
-def channel_peaks(x: Tensor, *, reduce: str = "max", out: tuple[Tensor, Tensor] | None = None) -> ChannelPeaks:
+def channel_peaks(
+    x: Tensor, *, reduce: str = "max", out: tuple[Tensor, Tensor] | None = None
+) -> ChannelPeaks:
     """Per channel of x [N,C,H,W]: the maximum (or "sum" or "mean") and the position of the first maximum.
 
-    As in ``torch.max`` a NaN counts as the maximum; the first NaN wins. Sums accumulate in float32 (float64 in
-    float64) in an order that the shape alone decides. ``out`` = (values, positions) is written and returned.
+    As in ``torch.max`` a NaN counts as the maximum; the first NaN wins. Sums accumulate in float32 (float64
+    in float64) in an order that the shape alone decides. ``out`` = (values, positions) is written and returned.
     Differentiable in x, twice. Raises ArgumentError for a wrong shape, dtype, device or ``reduce``.
     """
     arguments.check_map(x, "x")
     if reduce not in REDUCTIONS:
         raise ArgumentError(f"reduce must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduce!r}")
     if x.shape[2] * x.shape[3] >= 2**31:
-        raise ArgumentError(f"x has {x.shape[2]}x{x.shape[3]} cells, more than int32 positions can name; cut the map")
+        raise ArgumentError(f"x has {x.shape[2]}x{x.shape[3]} cells, too many for int32 positions")
     if out is None:
         return ChannelPeaks(*_OPERATOR(x, reduce))
     if not isinstance(out, tuple | list) or len(out) != 2:
@@ -75,7 +77,7 @@ _OPERATOR = Operator(
 )
 
 
-# --- gradient: a maximum sends it to its position, a sum to every cell -----------------------------------------------
+# --- gradient: a maximum sends it to its position, a sum to every cell --------------------------------------
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

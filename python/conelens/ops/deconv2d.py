@@ -1,13 +1,15 @@
-"""deconv2d: the transposed filters of a convolution, with unpooling and rectification fused into their load."""
+"""deconv2d: transposed filters, with unpooling and rectification fused into their load."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 from conelens._native import Native
 from conelens.errors import ArgumentError
@@ -42,39 +44,35 @@ def deconv2d(
     """Transposed convolution of y [N,Ci,h,w] with the forward convolution's own weight [Ci,Co/groups,kh,kw].
 
     Output cell Y collects signal cell P through tap t where ``P * stride - padding + dilation * t == Y``, for
-    ``0 <= Y < output_size``: any padding and size fit, so asymmetric forward padding works (give its first half as
-    ``padding``). Without ``output_size`` the size is that of ``F.conv_transpose2d``. There is no bias.
+    ``0 <= Y < output_size``: any padding and size fit, so asymmetric forward padding works (its first half
+    is ``padding``). Without ``output_size`` the size is that of ``F.conv_transpose2d``. There is no bias.
 
-    The signal is y itself, or with ``pool = (kernel_size, stride, padding, dilation)`` y unpooled by ``switches`` (as
-    max_unpool2d) onto the map that the filter acts on; ``relu`` rectifies the signal. ``map_size`` is the size of that
-    map; without it, it follows from ``output_size`` by the formula of a convolution with symmetric padding.
+    The signal is y itself, or with ``pool = (kernel_size, stride, padding, dilation)`` y unpooled by
+    ``switches`` (as max_unpool2d) onto the map that the filter acts on; ``relu`` rectifies the signal.
+    ``map_size`` is the size of that map; without it, it follows from ``output_size`` by the formula of a
+    convolution with symmetric padding.
 
-    ``origin`` (int32 or int64 [N,2], may be negative) says that y is a window of its map and gives the coordinates of
-    each sample's first cell. The result is then the natural window of size ``(h' - 1) * stride + dilation * (k - 1) +
-    1``, whose first cell is at ``origin' * stride - padding``, where the signal's own window is origin', h' (those of
-    y, or of the unpooled natural window). Signal cells outside ``map_size`` count as zero and result cells outside
-    ``output_size`` are zero; one of the two sizes must be given.
+    ``origin`` (int32 or int64 [N,2], may be negative) says that y is a window of its map and gives the
+    coordinates of each sample's first cell. The result is then the natural window of size ``(h' - 1) * stride
+    + dilation * (k - 1) + 1`` whose first cell is at ``origin' * stride - padding``, where origin' and h' are
+    those of the signal: y's, or those of the natural window of the unpooling. Signal cells outside
+    ``map_size`` count as zero and result cells outside ``output_size`` are zero; give one of them.
 
-    Dtype and layout of the result are y's; halves accumulate in float32. Weights in ``torch.channels_last`` save a
-    transposition per call on the CPU. Differentiable in y and weight, twice. Raises ArgumentError.
+    Dtype and layout of the result are y's; halves accumulate in float32. Weights in ``torch.channels_last``
+    save a transposition per call on the CPU. Zeros of the signal may be skipped, so an infinite weight times
+    zero is zero there. Differentiable in y and weight, twice. Raises ArgumentError.
     """
     arguments.check_map(y, "y")
-    step, pad = arguments.pair(stride, "stride", 1), arguments.pair(padding, "padding", 0)
-    spread = arguments.pair(dilation, "dilation", 1)
     _check_weight(weight, y, groups)
-    kernel = (weight.shape[2], weight.shape[3])
-    window = _check_pool(pool, switches, y)
+    _check_switches(pool, switches, y)
     check_origin(origin, y)
-    on = None if map_size is None else arguments.pair(map_size, "map_size", 1)
-    to = None if output_size is None else arguments.pair(output_size, "output_size", 1)
-    if to is not None and output_padding != 0:
-        raise ArgumentError("output_padding and output_size both decide the size of the result: give one of them")
-    if on is None:
-        on = _map_size(y, kernel, step, pad, spread, to, window, origin)
-    elif window is None and origin is None and on != (y.shape[2], y.shape[3]):
-        raise ArgumentError(f"map_size is {on}, but y is the whole map (no pool, no origin) and has {tuple(y.shape[2:])}")
-    if to is None:
-        to = _output_size(on, kernel, step, pad, spread, arguments.pair(output_padding, "output_padding", 0))
+    sizes = (weight.shape[2], weight.shape[3], y.shape[2], y.shape[3])
+    given = (stride, padding, output_padding, dilation, output_size, map_size, pool, origin is not None)
+    try:
+        geometry = _geometry.__wrapped__ if torch.compiler.is_compiling() else _geometry
+        step, pad, spread, to, on, window = geometry(sizes, *given)
+    except TypeError:  # lists cannot be looked up
+        step, pad, spread, to, on, window = _geometry.__wrapped__(sizes, *given)
     args = (y, weight, step, pad, groups, spread, to, on, window, switches, bool(relu), origin)
     if out is None:
         return _OPERATOR(*args)
@@ -83,15 +81,57 @@ def deconv2d(
     return out
 
 
+@functools.lru_cache(maxsize=4096, typed=True)
+def _geometry(
+    sizes: tuple[int, int, int, int],
+    stride: Any,
+    padding: Any,
+    output_padding: Any,
+    dilation: Any,
+    output_size: Any,
+    map_size: Any,
+    pool: Any,
+    windowed: bool,
+) -> tuple[Pair, Pair, Pair, Pair, Pair, tuple[int, ...] | None]:
+    """stride, padding, dilation, output_size, map_size, pool in the schema's form; checked.
+
+    Remembered, because a small window costs less than this.
+    """
+    kernel, on = sizes[:2], sizes[2:]
+    step, pad = arguments.pair(stride, "stride", 1), arguments.pair(padding, "padding", 0)
+    spread = arguments.pair(dilation, "dilation", 1)
+    window = _pool_window(pool)
+    to = None if output_size is None else arguments.pair(output_size, "output_size", 1)
+    if to is not None and output_padding not in (0, (0, 0), [0, 0]):
+        raise ArgumentError(
+            "output_padding and output_size both decide the size of the result: give one of them"
+        )
+    if map_size is not None:
+        on = arguments.pair(map_size, "map_size", 1)
+        if window is None and not windowed and on != sizes[2:]:
+            raise ArgumentError(
+                f"map_size is {on}, but y without pool and origin is the whole map, {sizes[2:]}"
+            )
+    elif window is not None or windowed:
+        on = _map_size(kernel, step, pad, spread, to)
+    if to is None:
+        to = _output_size(on, kernel, step, pad, spread, arguments.pair(output_padding, "output_padding", 0))
+    return step, pad, spread, to, on, window
+
+
 def _check_weight(weight: Any, y: Tensor, groups: int) -> None:
     if not isinstance(weight, Tensor) or weight.dim() != 4:
-        raise ArgumentError(f"weight must be a tensor [Ci,Co/groups,kh,kw], got {getattr(weight, 'shape', weight)!r}")
+        raise ArgumentError(
+            f"weight must be a tensor [Ci,Co/groups,kh,kw], got {getattr(weight, 'shape', weight)!r}"
+        )
     if weight.dtype != y.dtype or weight.device != y.device:
         raise ArgumentError(
-            f"weight is {weight.dtype} on {weight.device} but y is {y.dtype} on {y.device}; convert or move one of them"
+            f"weight is {weight.dtype} on {weight.device} but y is {y.dtype} on {y.device}; make them alike"
         )
     if groups < 1 or y.shape[1] % groups != 0:
         raise ArgumentError(f"groups must divide y's {y.shape[1]} channels, got {groups}")
+    if y.shape[1] == 0:
+        raise ArgumentError(f"y has no channels: shape {list(y.shape)}")
     if weight.shape[0] != y.shape[1]:
         raise ArgumentError(
             f"weight has {weight.shape[0]} filters but y has {y.shape[1]} channels; "
@@ -101,34 +141,40 @@ def _check_weight(weight: Any, y: Tensor, groups: int) -> None:
         raise ArgumentError(f"weight is empty: shape {list(weight.shape)}")
 
 
-def _check_pool(pool: Any, switches: Tensor | None, y: Tensor) -> list[int] | None:
-    """pool -> kernel, stride, padding and dilation, each (y, x), in one list."""
+def _check_switches(pool: Any, switches: Tensor | None, y: Tensor) -> None:
     if (pool is None) != (switches is None):
         raise ArgumentError("pool and switches belong together: give both or neither")
+    if switches is not None:
+        if not isinstance(pool, tuple | list) or len(pool) != 4:
+            raise ArgumentError(f"pool must be (kernel_size, stride, padding, dilation), got {pool!r}")
+        check_switches(switches, y, arguments.pair(pool[0], "pool kernel_size", 1))
+
+
+def _pool_window(pool: Any) -> tuple[int, ...] | None:
+    """pool -> kernel, stride, padding and dilation, each (y, x), in one row."""
     if pool is None:
         return None
-    if not isinstance(pool, tuple | list) or len(pool) != 4:
-        raise ArgumentError(f"pool must be (kernel_size, stride, padding, dilation), got {pool!r}")
     names = (("kernel_size", 1), ("stride", 1), ("padding", 0), ("dilation", 1))
-    window = [v for value, (name, least) in zip(pool, names, strict=True) for v in arguments.pair(value, f"pool {name}", least)]
-    check_switches(switches, y, (window[0], window[1]))  # type: ignore[arg-type]
-    return window
+    pairs = (
+        arguments.pair(value, f"pool {name}", least) for value, (name, least) in zip(pool, names, strict=True)
+    )
+    return tuple(v for pair in pairs for v in pair)
 
 
-def _map_size(
-    y: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, to: Pair | None, pool: Any, origin: Any
-) -> Pair:
-    """Size of the map the filter acts on: y's own, or what the forward convolution makes of output_size."""
-    if pool is None and origin is None:
-        return y.shape[2], y.shape[3]
+def _map_size(kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, to: Pair | None) -> Pair:
+    """Size of the map the filter acts on: what the forward convolution makes of output_size."""
     if to is None:
-        raise ArgumentError("with pool or origin, give output_size (of the map written) or map_size (of the map read)")
+        raise ArgumentError(
+            "with pool or origin, give output_size (of the map written) or map_size (of the map read)"
+        )
     height, width = (
         (size + 2 * p - d * (k - 1) - 1) // s + 1
         for size, k, s, p, d in zip(to, kernel, stride, padding, dilation, strict=True)
     )
     if height < 1 or width < 1:
-        raise ArgumentError(f"output_size {to} is smaller than the filter {kernel} with this padding; give map_size")
+        raise ArgumentError(
+            f"output_size {to} is smaller than the filter {kernel} with this padding; give map_size"
+        )
     return height, width
 
 
@@ -142,13 +188,24 @@ def _output_size(on: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: 
     return height, width
 
 
-def _natural_size(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Pair:
-    height, width = ((n - 1) * s + d * (k - 1) + 1 for n, k, s, d in zip(size, kernel, stride, dilation, strict=True))
+def _natural_size(
+    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> Pair:
+    height, width = (
+        (n - 1) * s + d * (k - 1) + 1 for n, k, s, d in zip(size, kernel, stride, dilation, strict=True)
+    )
     return height, width
 
 
 def _output_shape(
-    y: Tensor, weight: Tensor, stride: Any, groups: int, dilation: Any, output_size: Any, pool: Any, origin: Any
+    y: Tensor,
+    weight: Tensor,
+    stride: Any,
+    groups: int,
+    dilation: Any,
+    output_size: Any,
+    pool: Any,
+    origin: Any,
 ) -> tuple[int, int, int, int]:
     size = output_size
     if origin is not None:
@@ -204,7 +261,18 @@ def _reference(
     origin: Tensor | None,
 ) -> Tensor:
     out = reference.deconv2d(
-        y, weight, stride, padding, groups, dilation, output_size, map_size, _windows(pool), switches, relu, origin
+        y,
+        weight,
+        stride,
+        padding,
+        groups,
+        dilation,
+        output_size,
+        map_size,
+        _windows(pool),
+        switches,
+        relu,
+        origin,
     )
     return _in_layout_of(out, y)
 
@@ -227,31 +295,70 @@ def _compiled(
 ) -> Tensor:
     y = arguments.readable(y)
     origin = None if origin is None else origin.contiguous()
-    if pool is not None and any(pool[i + 2] <= pool[i + 6] * (pool[i] - 1) for i in (0, 1)):
-        # overlapping windows add before the ReLU: unpool first
-        first = None if origin is None else reference.filter_origin(origin, _windows(pool))
-        y = unpool(y, switches, *_windows(pool), map_size, relu, origin, False)
-        pool, switches, relu, origin = None, None, False, first
+    lists = _lists_pay(y, weight, groups, pool, relu)
+    windows = _windows(pool)
+    if windows is not None and not (lists and _windows_apart(pool)):
+        # overlapping windows add before the ReLU, and a product with zeros wants them written: unpool first
+        first = None if origin is None else reference.filter_origin(origin, windows)
+        y = unpool(y, switches, *windows, map_size, relu, origin, False)
+        pool, windows, switches, relu, origin = None, None, None, False, first
+    if not lists:
+        return _dense(y, weight, stride, padding, groups, dilation, output_size, map_size, relu, origin)
     if out is None:
-        out = arguments.empty(_output_shape(y, weight, stride, groups, dilation, output_size, pool, origin), y)
-    context = native.context(y.device)
+        out = arguments.empty(
+            _output_shape(y, weight, stride, groups, dilation, output_size, pool, origin), y
+        )
     window = (stride, padding, groups, dilation, output_size, map_size)
-    valid = native.module.deconv2d(y, weight, out, *window, pool, switches, relu, origin, context)  # type: ignore[union-attr]
-    if not valid:
-        unpool(y, switches, *_windows(pool), map_size, False, origin, True)  # names the switch
+    valid = native.module.deconv2d(  # type: ignore[union-attr]
+        y, weight, out, *window, pool, switches, relu, origin, native.context(y.device)
+    )
+    if not valid and windows is not None:
+        unpool(y, switches, *windows, map_size, False, origin, True)  # raises, naming the switch
     return out
 
 
+def _lists_pay(y: Tensor, weight: Tensor, groups: int, pool: Any, relu: bool) -> bool:
+    """The kernel that skips zeros beats oneDNN where zeros are likely or cells are few (README.md)."""
+    if groups > 1 and y.shape[1] < 16 * groups:
+        return False
+    return relu or pool is not None or weight.shape[1] <= 4 or y.shape[0] * y.shape[2] * y.shape[3] < 64
+
+
+def _windows_apart(pool: Sequence[int]) -> bool:
+    """Pooling windows do not overlap, and switches are bytes: what the kernel unpools itself."""
+    return pool[0] * pool[1] <= 256 and all(pool[i + 2] > pool[i + 6] * (pool[i] - 1) for i in (0, 1))
+
+
+def _dense(
+    y: Tensor,
+    weight: Tensor,
+    stride: Any,
+    padding: Any,
+    groups: int,
+    dilation: Any,
+    output_size: Any,
+    map_size: Any,
+    relu: bool,
+    origin: Tensor | None,
+) -> Tensor:
+    """torch's own transposed convolution (oneDNN); halves accumulate and are masked in float32."""
+    wide = y.float() if y.dtype in (torch.float16, torch.bfloat16) else y
+    signal = reference.top_down_signal(wide, map_size, None, None, relu, origin)
+    weight = weight.to(wide.dtype)
+    out = reference.transposed_filter(signal, weight, stride, padding, groups, dilation, output_size, origin)
+    return _in_layout_of(out.to(y.dtype), y)
+
+
 _OPERATOR = Operator(
-    "Tensor y, Tensor weight, int[2] stride, int[2] padding, int groups, int[2] dilation, SymInt[2] output_size, "
-    "SymInt[2] map_size, int[]? pool, Tensor? switches, bool relu, Tensor? origin",
+    "Tensor y, Tensor weight, int[2] stride, int[2] padding, int groups, int[2] dilation, "
+    "SymInt[2] output_size, SymInt[2] map_size, int[]? pool, Tensor? switches, bool relu, Tensor? origin",
     ("out",),
     Implementations("deconv2d", compiled=_compiled, reference=_reference, order=("triton", "reference")),
     _fake,
 )
 
 
-# --- gradient: the adjoint is a convolution; written in differentiable operations, so that it has a gradient too ------
+# --- gradient: a convolution, in differentiable operations -----------------------------------------
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -280,7 +387,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = reference.mask_outside(grad, first, output_size)
     grad_y = grad_weight = None
     if ctx.needs_input_grad[1]:
-        grad_weight = torch.nn.grad.conv2d_weight(grad, weight.shape, signal, stride, 0, dilation, groups)
+        grad_weight = conv2d_weight(grad, weight.shape, signal, stride, 0, dilation, groups)
     if ctx.needs_input_grad[0]:
         grad_y = F.conv2d(grad, weight, None, stride, 0, dilation, groups)
         if ctx.relu:
