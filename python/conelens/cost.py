@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
-from conelens.cone import cone_cells, cone_macs, whole_macs
+from conelens.cone import cone_cells, cone_macs, unit_boxes, whole_macs
 from conelens.graph import Graph
 
 # A layer costs its multiply-accumulates plus a fixed launch and weight-reading cost, both in units of one MAC at full speed.
@@ -13,6 +15,9 @@ LAYER_OVERHEAD = 2.0e6
 WINDOW_PENALTY = 1.1
 # Map cells of all units of a chunk that may be alive at once: 128 MiB of float32 for a CPU's caches, 4 GiB to fill a GPU.
 CHUNK_CELLS = {"cpu": 2**25, "cuda": 2**30}
+# Cones of more work than this are sorted by how far they hang over each border, in this many steps of their size.
+GROUPING_MACS = 2.0e8
+HANG_STEPS = 4
 
 
 def choose_route(graph: Graph, target: int, rows: np.ndarray) -> str:
@@ -23,7 +28,25 @@ def choose_route(graph: Graph, target: int, rows: np.ndarray) -> str:
     return "cone" if cone < full else "full"
 
 
-def units_per_chunk(graph: Graph, target: int, units: int, device: str) -> list[tuple[int, int]]:
-    """Ranges of units that run together, bounded by the memory their windows take."""
+def chunks_of_units(graph: Graph, target: int, places: np.ndarray, device: str) -> list[np.ndarray]:
+    """Indices of units [U, 2] that run together: bounded by the memory of their windows, and alike in what they leave out.
+
+    Where cones are large, units that hang over the same borders share a chunk, so that what hangs over can be trimmed.
+    """
     size = max(1, int(CHUNK_CELLS.get(device, CHUNK_CELLS["cpu"]) // (3 * cone_cells(graph, target))))
-    return [(start, min(start + size, units)) for start in range(0, units, size)]
+    order = np.arange(len(places))
+    groups = [order]
+    if len(places) > 1 and cone_macs(graph, target) > GROUPING_MACS:
+        boxes = unit_boxes(graph, target, places)
+        extent = np.array(graph[0].size)
+        span = np.maximum(boxes[:, 2:] - boxes[:, :2], 1)
+        hang = np.concatenate([np.maximum(-boxes[:, :2], 0) / span, np.maximum(boxes[:, 2:] - extent, 0) / span], 1)
+        _, group = np.unique((hang * HANG_STEPS).astype(np.int64), axis=0, return_inverse=True)
+        groups = [order[group.reshape(-1) == g] for g in range(int(group.max()) + 1)]
+    return [members[start : start + size] for members in groups for start in range(0, len(members), size)]
+
+
+def images_per_pass(graph: Graph, target: int, device: str) -> int:
+    """Images of one whole forward pass, bounded by the memory of their maps."""
+    cells = max(math.prod(graph[i].shape) for i in graph.ancestors((target,)))
+    return max(1, int(CHUNK_CELLS.get(device, CHUNK_CELLS["cpu"]) // (3 * cells)))

@@ -71,6 +71,7 @@ class Operator:
     outside: ClassVar[float] = 0.0  # what cells outside the map count as
 
     translates: bool = True  # ``reach`` moves with the output cell, whatever the size of the map
+    remembers: bool = False  # the top-down pass needs an input of the forward pass
 
     def reach(self, edge: int, axis: int, low: Bound, high: Bound, in_size: int) -> tuple[Bound, Bound]:
         """Half-open interval of input ``edge`` that output cells ``[low, high)`` read along ``axis``, not clipped to the map."""
@@ -361,6 +362,10 @@ class Activation(Operator):
             return [torch.relu(signal)]
         return [_vector_jacobian(self.function, step.memo["input"], signal)]
 
+    @property
+    def remembers(self) -> bool:  # type: ignore[override]
+        return self.rule == "gradient"
+
     def refusal(self) -> str | None:
         return None if self.rule else f"{self.name} has no canonical deconvnet rule"
 
@@ -375,6 +380,10 @@ class LocalResponseNorm(Operator):
     k: float
     jacobian: bool = False
     kind = "lrn"
+
+    @property
+    def remembers(self) -> bool:  # type: ignore[override]
+        return self.jacobian
 
     def _function(self, x: Tensor) -> Tensor:
         return F.local_response_norm(x, self.size, self.alpha, self.beta, self.k)
@@ -417,6 +426,7 @@ class Gate(Operator):
     spatial: tuple[bool, bool]  # does the gate vary along this axis, or is it broadcast?
     rule: str | None
     kind = "gate"
+    remembers = True
 
     @property
     def translates(self) -> bool:  # type: ignore[override]

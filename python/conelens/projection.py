@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,13 +14,14 @@ from torch import Tensor
 
 from conelens import ops
 from conelens.certify import TieProbe
-from conelens.cone import plan_cone, unit_boxes
-from conelens.cost import choose_route, units_per_chunk
+from conelens.cone import ConePlan, plan_cone, unit_boxes
+from conelens.cost import choose_route, chunks_of_units, images_per_pass
 from conelens.errors import ArgumentError, DeadUnitWarning
 from conelens.execution import forward_cone, forward_whole, steps_from_whole, take, topdown
-from conelens.graph import Node
+from conelens.graph import Graph, Node
 from conelens.network import Network, check_projectable
-from conelens.operators import Gate, MaxPool2d, Place, Step
+from conelens.operators import MaxPool2d, Place, Step
+from conelens.units import Units, read_units
 
 ROUTES = ("auto", "cone", "full")
 
@@ -77,16 +79,6 @@ class Projection:
             yield take(self.crops[part], -self.boxes[part, :2].cpu().numpy(), self.image_size)
 
 
-class _Batch(NamedTuple):
-    """Results of one chunk of units, in the order they were given."""
-
-    windows: Tensor  # [U, C, h, w]
-    low: np.ndarray  # [U, 2] where the windows begin
-    values: Tensor
-    ties: Tensor | None
-    effect: Tensor | None
-
-
 def project(
     net: Network, images: Tensor, layer: str, channel: Any, position: Any = "peak", image: Any = None, *, route: str = "auto",
     certify: bool = False,
@@ -118,269 +110,147 @@ def project(
     check_projectable(net.graph, node.index)
     if route not in ROUTES:
         raise ArgumentError(f"route: got {route!r}, wanted one of {', '.join(ROUTES)}")
-    rows, channels, places = _units(net, node, images, channel, position, image)
+    job = _Job(net.graph, node, images, read_units(node, images, channel, position, image), certify)
     with torch.inference_mode():
-        if len(rows) == 0:
-            return _empty(net, node, images, certify)
-        if places is None and route == "cone":
-            places = _peaks(net, node, images, rows, channels)
-        if (
-            places is None
-            or route == "full"
-            or (route == "auto" and choose_route(net.graph, node.index, rows) == "full")
-        ):
-            batches, places = _full(net, node, images, rows, channels, places, certify)
-        else:
-            batches = _cones(net, node, images, rows, channels, places, certify)
-        result = _assemble(net, node, batches, rows, places, images.device)
-    _warn_dead(result, layer, channels)
+        result = job.run(route)
+    _warn_dead(result, layer, job.units.channels)
     return result
 
 
-# --- arguments -------------------------------------------------------------------------------------------------------
-
-
-def _units(
-    net: Network, node: Node, images: Tensor, channel: Any, position: Any, image: Any
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """(image [U], channel [U], position [U, 2] or None for peaks), checked against the layer."""
-    given = {"image": _integers("image", image, 1), "channel": _integers("channel", channel, 1)}
-    if given["channel"] is None:
-        raise ArgumentError("channel: got None, wanted an int or [U] ints")
-    where = None
-    if not isinstance(position, str):
-        where = given["position"] = _integers("position", position, 2)
-        if where is not None and where.size == 0:
-            where = given["position"] = where.reshape(-1, 2)
-        if where is None or where.shape[-1:] != (2,):
-            raise ArgumentError(f"position: got {position!r}, wanted 'peak', (y, x) or [U, 2]")
-    elif position != "peak":
-        raise ArgumentError(f"position: got {position!r}, wanted 'peak', (y, x) or [U, 2]")
-    lengths = {
-        name: len(v)
-        for name, v in given.items()
-        if v is not None and v.ndim == (2 if name == "position" else 1)
-    }
-    units = next(iter(lengths.values()), len(images) if image is None else 1)
-    if set(lengths.values()) - {units} or (image is None and units != len(images) and len(images) != 1):
-        told = ", ".join(f"{name} of {length}" for name, length in lengths.items())
-        raise ArgumentError(
-            f"units: got {told} for {len(images)} images; all lengths must agree, and image=[...] says which image each unit is in"
-        )
-    rows = given["image"]
-    if rows is None:
-        rows = np.arange(units) if units == len(images) else np.zeros(units, np.int64)
-    rows = np.broadcast_to(rows, (units,)).copy()
-    channels = np.broadcast_to(given["channel"], (units,)).copy()
-    _check_range("image", rows, len(images), "the images given")
-    _check_range("channel", channels, node.shape[0], f"layer {node.name}")
-    if where is not None:
-        where = np.broadcast_to(where, (units, 2))
-        _check_range("position y", where[:, 0], node.shape[1], f"layer {node.name}")
-        _check_range("position x", where[:, 1], node.shape[2], f"layer {node.name}")
-    return rows, channels, where
-
-
-def _integers(name: str, value: Any, most: int) -> np.ndarray | None:
-    if value is None:
-        return None
-    array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
-    if array.size == 0:
-        array = array.astype(np.int64)
-    if array.dtype.kind not in "iu" or array.ndim > most:
-        raise ArgumentError(f"{name}: got {value!r}, wanted whole numbers with at most {most} dimension(s)")
-    return array.astype(np.int64)
-
-
-def _check_range(name: str, values: np.ndarray, size: int, of: str) -> None:
-    wrong = values[(values < 0) | (values >= size)]
-    if len(wrong):
-        raise ArgumentError(f"{name}: got {int(wrong[0])}, wanted 0..{size - 1} ({of} has {size})")
-
-
 def _warn_dead(result: Projection, layer: str, channels: np.ndarray) -> None:
-    dead = (result.values <= 0).nonzero().flatten().tolist()
+    dead = np.flatnonzero(result.values.cpu().numpy() <= 0).tolist()
     if dead:
-        named = ", ".join(
-            f"{layer}[{int(channels[u])}] at {tuple(result.positions[u].tolist())}" for u in dead[:3]
-        )
+        named = ", ".join(f"{layer}[{int(channels[u])}] at {tuple(result.positions[u].tolist())}" for u in dead[:3])
         more = f" and {len(dead) - 3} more" if len(dead) > 3 else ""
-        warnings.warn(
-            f"no positive activity, so the projection is zero: {named}{more}", DeadUnitWarning, stacklevel=3
-        )
+        warnings.warn(f"no positive activity, so the projection is zero: {named}{more}", DeadUnitWarning, stacklevel=3)
 
 
-# --- the two routes --------------------------------------------------------------------------------------------------
+class _Job:
+    """One call of :func:`project`, its results filled in chunk by chunk."""
 
+    def __init__(self, graph: Graph, node: Node, images: Tensor, units: Units, certify: bool) -> None:
+        self.graph, self.node, self.images, self.units, self.certify = graph, node, images, units, certify
+        self.device = images.device
+        count = len(units)
+        self.places = np.zeros((count, 2), np.int64) if units.places is None else units.places
+        self.crops: Tensor | None = None
+        self.values = images.new_empty(count)
+        self.near_ties = torch.zeros(count, dtype=torch.int64, device=self.device) if certify else None
+        self.tie_effect = images.new_zeros(count) if certify else None
 
-def _cones(
-    net: Network,
-    node: Node,
-    images: Tensor,
-    rows: np.ndarray,
-    channels: np.ndarray,
-    places: np.ndarray,
-    certify: bool,
-) -> list[_Batch]:
-    """Forward and top-down on the cones of known positions."""
-    batches = []
-    for start, stop in units_per_chunk(net.graph, node.index, len(places), images.device.type):
-        plan = plan_cone(net.graph, node.index, places[start:stop])
-        probe = TieProbe(net.graph, plan) if certify else None
-        picked = _picked(rows[start:stop], images)
-        out, steps = forward_cone(net.graph, plan, images, picked, observe=probe.observe if probe else None)
-        batches.append(_finish(net, plan, steps, out, channels[start:stop], probe))
-    return batches
+    def run(self, route: str) -> Projection:
+        if len(self.units):
+            known = self.units.places is not None
+            if route == "auto":
+                route = choose_route(self.graph, self.node.index, self.units.rows) if known else "full"
+            if route == "full":
+                self._full(known)
+            else:
+                if not known:
+                    self._find_peaks()
+                self._cones()
+        return self._result()
 
+    # --- the two routes ----------------------------------------------------------------------------------------------
 
-def _full(
-    net: Network,
-    node: Node,
-    images: Tensor,
-    rows: np.ndarray,
-    channels: np.ndarray,
-    places: np.ndarray | None,
-    certify: bool,
-) -> tuple[list[_Batch], np.ndarray]:
-    """Whole forward pass once per image, then the top-down pass on the cones."""
-    graph = net.graph
-    remember = [
-        i for i in graph.ancestors((node.index,))
-        if isinstance(graph[i].op, Gate) or getattr(graph[i].op, "jacobian", False) or getattr(graph[i].op, "rule", None) == "gradient"
-    ]  # fmt: skip
-    found = np.zeros((len(rows), 2), np.int64) if places is None else places
-    order = np.argsort(rows, kind="stable")
-    batches: list[_Batch] = []
-    per_pass = max(
-        1, int(2**28 // max(1, sum(int(np.prod(graph[i].shape)) for i in graph.ancestors((node.index,)))))
-    )
-    unique, first = np.unique(rows[order], return_index=True)
-    bounds = [*first.tolist(), len(rows)]
-    for at in range(0, len(unique), per_pass):
-        some = unique[at : at + per_pass]
-        units = order[bounds[at] : bounds[min(at + per_pass, len(unique))]]
-        memory: dict[int, Tensor] = {}
-        switches: dict[int, Tensor] = {}
-        pooled: dict[int, Tensor] = {}
+    def _cones(self) -> None:
+        """Forward and top-down on the cones of known positions."""
+        rows = self.units.rows
+        for chunk in chunks_of_units(self.graph, self.node.index, self.places, self.device.type):
+            plan = plan_cone(self.graph, self.node.index, self.places[chunk])
+            probe = TieProbe(self.graph, plan) if self.certify else None
+            in_order = len(chunk) == len(self.images) and (rows[chunk] == np.arange(len(chunk))).all()
+            picked = None if in_order else self._tensor(rows[chunk])
+            out, steps = forward_cone(self.graph, plan, self.images, picked, observe=probe.observe if probe else None)
+            self._finish(chunk, plan, steps, out, probe)
 
-        def observe(index: int, x: Tensor) -> None:
-            if index in remember:
-                memory[index] = x
-            elif isinstance(graph[index].op, MaxPool2d):
-                pooled[index] = x
+    def _full(self, known: bool) -> None:
+        """Whole forward pass once per image, then the top-down pass on the cones."""
+        graph = self.graph
+        remember = {i for i in graph.ancestors((self.node.index,)) if graph[i].op.remembers}
+        for units, local, batch in self._passes():
+            memory: dict[int, Tensor] = {}
+            pooled: dict[int, Tensor] = {}
+            switches: dict[int, Tensor] = {}
 
-        batch = images if len(some) == len(images) else images[torch.from_numpy(some).to(images.device)]
-        maps = forward_whole(
-            graph, batch, (node.index,), switches=switches, observe=observe if remember or certify else None
-        )[node.index]
-        local = np.searchsorted(some, rows[units])
-        if places is None:
-            positions = (
-                ops.channel_peaks(maps).positions.cpu().numpy()[local, channels[units]].astype(np.int64)
-            )
-            found[units] = np.stack([positions // node.shape[2], positions % node.shape[2]], 1)
-        for start, stop in units_per_chunk(graph, node.index, len(units), images.device.type):
-            chunk = units[start:stop]
-            plan = plan_cone(graph, node.index, found[chunk])
-            picked = torch.from_numpy(local[start:stop]).to(images.device)
-            steps = steps_from_whole(graph, plan, picked, switches, memory)
-            y, x = (torch.from_numpy(found[chunk, axis]).to(images.device) for axis in (0, 1))
-            out = maps[picked, :, y, x][:, :, None, None]
-            probe = TieProbe(graph, plan) if certify else None
-            if probe is not None:
-                probe.observe_whole(pooled, picked)
-            batches.append(_finish(net, plan, steps, out, channels[chunk], probe))
-    return _unsort(batches, order), found
+            def observe(index: int, x: Tensor, memory: dict[int, Tensor] = memory, pooled: dict[int, Tensor] = pooled) -> None:
+                if index in remember:
+                    memory[index] = x
+                elif isinstance(graph[index].op, MaxPool2d):
+                    pooled[index] = x
 
+            watched = observe if remember or self.certify else None
+            maps = forward_whole(graph, batch, (self.node.index,), switches=switches, observe=watched)[self.node.index]
+            if not known:
+                self._locate(maps, units, local)
+            for part in chunks_of_units(graph, self.node.index, self.places[units], self.device.type):
+                chunk = units[part]
+                plan = plan_cone(graph, self.node.index, self.places[chunk])
+                picked = self._tensor(local[part])
+                steps = steps_from_whole(graph, plan, picked, switches, memory)
+                y, x = (self._tensor(self.places[chunk, axis]) for axis in (0, 1))
+                probe = TieProbe(graph, plan) if self.certify else None
+                if probe is not None:
+                    probe.observe_whole(pooled, picked)
+                self._finish(chunk, plan, steps, maps[picked, :, y, x][:, :, None, None], probe)
 
-def _unsort(batches: list[_Batch], order: np.ndarray) -> list[_Batch]:
-    """Batches of units sorted by image, as single units in the caller's order where the order differs."""
-    if (order == np.arange(len(order))).all():
-        return batches
-    singles: list[_Batch] = []
-    for batch in batches:
-        for u in range(len(batch.values)):
-            part = slice(u, u + 1)
-            singles.append(_Batch(
-                batch.windows[part], batch.low[part], batch.values[part],
-                None if batch.ties is None else batch.ties[part], None if batch.effect is None else batch.effect[part],
-            ))  # fmt: skip
-    return [singles[i] for i in np.argsort(order)]
+    def _passes(self) -> Iterator[tuple[np.ndarray, np.ndarray, Tensor]]:
+        """(units, image of each within the batch, images): every image that is asked for once, as memory allows."""
+        rows = self.units.rows
+        wanted = np.unique(rows)
+        size = images_per_pass(self.graph, self.node.index, self.device.type)
+        for start in range(0, len(wanted), size):
+            some = wanted[start : start + size]
+            units = np.flatnonzero((rows >= some[0]) & (rows <= some[-1]))
+            batch = self.images if len(some) == len(self.images) else self.images[self._tensor(some)]
+            yield units, np.searchsorted(some, rows[units]), batch
 
+    def _find_peaks(self) -> None:
+        for units, local, batch in self._passes():
+            self._locate(forward_whole(self.graph, batch, (self.node.index,))[self.node.index], units, local)
 
-def _finish(
-    net: Network, plan: Any, steps: dict[int, Step], out: Tensor, channels: np.ndarray, probe: TieProbe | None
-) -> _Batch:
-    """Seeds and the top-down pass of one chunk."""
-    picked = torch.from_numpy(np.array(channels)).to(out.device)
-    values = out.gather(1, picked[:, None, None, None])[:, 0, 0, 0].clamp_min(0)
-    windows = topdown(net.graph, plan, steps, values, picked)
-    ties = effect = None
-    if probe is not None:
-        ties, effect = probe.report(steps, values, picked, windows)
-    return _Batch(
-        windows,
-        plan.places[0].low if 0 in plan.places else np.zeros((len(values), 2), np.int64),
-        values,
-        ties,
-        effect,
-    )
+    def _locate(self, maps: Tensor, units: np.ndarray, local: np.ndarray) -> None:
+        """Places of the channels' first maxima."""
+        positions = ops.channel_peaks(maps).positions.cpu().numpy()[local, self.units.channels[units]].astype(np.int64)
+        self.places[units] = np.stack(np.divmod(positions, self.node.shape[2]), 1)
 
+    # --- results -----------------------------------------------------------------------------------------------------
 
-def _peaks(net: Network, node: Node, images: Tensor, rows: np.ndarray, channels: np.ndarray) -> np.ndarray:
-    """Positions of the channels' first maxima, for the cone route."""
-    maps = forward_whole(net.graph, images, (node.index,))[node.index]
-    positions = ops.channel_peaks(maps).positions.cpu().numpy()[rows, channels].astype(np.int64)
-    return np.stack([positions // node.shape[2], positions % node.shape[2]], 1)
+    def _finish(self, chunk: np.ndarray, plan: ConePlan, steps: dict[int, Step], out: Tensor, probe: TieProbe | None) -> None:
+        """Seeds, top-down pass, and the results of one chunk of units moved into their unclipped boxes."""
+        channels = self._tensor(self.units.channels[chunk])
+        values = out.gather(1, channels[:, None, None, None])[:, 0, 0, 0].clamp_min(0)
+        windows = topdown(self.graph, plan, steps, values, channels)
+        moved = Place(self.boxes[chunk, :2] - plan.places[0].low, self._size)
+        crops = take(windows, moved.origin, self._size)
+        if len(chunk) == len(self.units):
+            self.crops, self.values = crops, values  # one chunk holds all units in order
+        else:
+            if self.crops is None:
+                self.crops = self.images.new_empty((len(self.units), *crops.shape[1:]))
+            index = self._tensor(chunk)
+            self.crops[index], self.values[index] = crops, values
+        if probe is not None and self.near_ties is not None and self.tie_effect is not None:
+            index = self._tensor(chunk)
+            self.near_ties[index], self.tie_effect[index] = probe.report(steps, values, channels, windows)
 
+    @cached_property
+    def boxes(self) -> np.ndarray:
+        places = self.places if len(self.places) else np.zeros((1, 2), np.int64)
+        return unit_boxes(self.graph, self.node.index, places)
 
-def _picked(rows: np.ndarray, images: Tensor) -> Tensor | None:
-    """Row index per unit, or None when sample u is unit u."""
-    if len(rows) == len(images) and (rows == np.arange(len(rows))).all():
-        return None
-    return torch.from_numpy(rows).to(images.device)
+    @cached_property
+    def _size(self) -> tuple[int, int]:
+        height, width = (self.boxes[:, 2:] - self.boxes[:, :2]).max(0).tolist()
+        return height, width
 
+    def _result(self) -> Projection:
+        count = len(self.units)
+        crops = self.images.new_zeros((count, self.images.shape[1], *self._size)) if self.crops is None else self.crops
+        return Projection(
+            crops, self._tensor(self.boxes[:count]), self.values, self._tensor(self.places), self._tensor(self.units.rows),
+            (self.images.shape[2], self.images.shape[3]), self.near_ties, self.tie_effect,
+        )  # fmt: skip
 
-# --- results ---------------------------------------------------------------------------------------------------------
-
-
-def _assemble(
-    net: Network,
-    node: Node,
-    batches: Sequence[_Batch],
-    rows: np.ndarray,
-    places: np.ndarray,
-    device: torch.device,
-) -> Projection:
-    """Windows of all chunks, moved into the units' unclipped boxes."""
-    boxes = unit_boxes(net.graph, node.index, places)
-    height, width = (boxes[:, 2:] - boxes[:, :2]).max(0).tolist()
-    crops, start = [], 0
-    for batch in batches:
-        part = boxes[start : start + len(batch.values), :2]
-        crops.append(take(batch.windows, Place(part - batch.low, (height, width)).origin, (height, width)))
-        start += len(batch.values)
-    ties = [b.ties for b in batches if b.ties is not None]
-    effect = [b.effect for b in batches if b.effect is not None]
-    return Projection(
-        crops[0] if len(crops) == 1 else torch.cat(crops),
-        torch.from_numpy(boxes).to(device),
-        torch.cat([b.values for b in batches]),
-        torch.from_numpy(np.array(places, dtype=np.int64)).to(device),
-        torch.from_numpy(rows).to(device),
-        (net.input_shape[1], net.input_shape[2]),
-        torch.cat(ties) if ties else None,
-        torch.cat(effect) if effect else None,
-    )
-
-
-def _empty(net: Network, node: Node, images: Tensor, certify: bool) -> Projection:
-    box = unit_boxes(net.graph, node.index, np.zeros((1, 2), np.int64))[0]
-    nothing = images.new_zeros(0)
-    return Projection(
-        images.new_zeros((0, images.shape[1], int(box[2] - box[0]), int(box[3] - box[1]))),
-        torch.zeros((0, 4), dtype=torch.int64, device=images.device), nothing,
-        torch.zeros((0, 2), dtype=torch.int64, device=images.device),
-        torch.zeros(0, dtype=torch.int64, device=images.device), (images.shape[2], images.shape[3]),
-        torch.zeros(0, dtype=torch.int64, device=images.device) if certify else None, nothing if certify else None,
-    )  # fmt: skip
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.array(array, np.int64)).to(self.device)
