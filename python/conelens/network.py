@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from conelens.cone import cone_macs, whole_macs
 from conelens.errors import ArgumentError, LayerError, TraceError, UnsupportedOperatorError
 from conelens.execution import forward_whole
 from conelens.graph import Graph, Node
@@ -35,6 +36,13 @@ class Layer:
     stride: Pair
     offset: Pair
     index: int
+
+
+class Cost(NamedTuple):
+    """Multiply-accumulates of one forward pass."""
+
+    cone: float
+    whole: float
 
 
 class LayerTable(Sequence[Layer]):
@@ -92,6 +100,11 @@ class Network:
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise LayerError(f"layer: got {name!r}, which this network does not have{hint} (net.layers() lists all)")
         return self.graph[self._names[name]]
+
+    def cost(self, layer: str) -> Cost:
+        """Multiply-accumulates of the forward pass to one unit of ``layer``: on its cone, and on the whole image."""
+        index = self.node(layer).index
+        return Cost(cone_macs(self.graph, index), whole_macs(self.graph, index))
 
     def check_images(self, images: Any) -> Tensor:
         """``images`` as [N, C, H, W] in the network's space, or an ArgumentError that says what differs."""
