@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 # public name -> module that defines it
 _EXPORTS = {
     "ops": "conelens.ops",
-    "capabilities": "conelens.capabilities",
+    "capabilities": "conelens._capabilities",
     "trace": "conelens.network",
     "Network": "conelens.network",
     "project": "conelens.projection",
