@@ -16,7 +16,7 @@ from conelens.errors import ArgumentError, LayerError, TraceError, UnsupportedOp
 from conelens.execution import forward_whole
 from conelens.graph import Graph, Node
 from conelens.names import add_conventional_aliases
-from conelens.operators import Activation, Conv2d, Gate, Linear, MaxPool2d, Pair, require_rule
+from conelens.operators import Conv2d, Gate, Linear, MaxPool2d, Pair, require_rule
 from conelens.tracing import lowering, record
 
 
@@ -239,7 +239,7 @@ def _verify(network: Network, model: nn.Module, probe: Tensor) -> None:
         finally:
             for handle in handles:
                 handle.remove()
-        ours = network.forward(other, list(seen))
+        ours = network.forward(other, list(seen)) if seen else {}
     wrong = [name for name, value in seen.items() if not _close(ours[name], value)]
     where = f"first at {wrong[0]}" if wrong else "after the last module"
     raise TraceError(
@@ -268,17 +268,20 @@ def _close(got: Tensor, wanted: Tensor) -> bool:
 
 
 def _require_rules(graph: Graph) -> None:
-    """Refuse operators without a rule where a later layer's signal would have to pass; the network's last ones may stay."""
-    passed: set[int] = set()
+    """Refuse operators without a rule that the network's own signal meets below a later layer; the last operators may stay.
+
+    What only computes a gate is left out: no signal comes from there, unless one projects from a layer inside it.
+    """
+    reached, passed = set(graph.outputs), set[int]()
     for node in reversed(graph.nodes):
+        if node.index not in reached:
+            continue
         if node.index in passed and node.op.refusal():
-            name = node.op.name if isinstance(node.op, Activation) else node.op.kind
-            rule = "'hold'" if isinstance(node.op, Gate) else "'clamp' or 'gradient'"
-            raise UnsupportedOperatorError(
-                f"{node.name}: {node.op.refusal()}; state one: conelens.trace(model, example, policy={{'{name}': {rule}}})"
-            )
+            raise UnsupportedOperatorError(f"{node.name}: {node.op.refusal()}; {node.op.advice()}")
+        below = node.inputs[:1] if isinstance(node.op, Gate) else node.inputs
+        reached.update(below)
         if node.index in passed or isinstance(node.op, Conv2d | Linear | MaxPool2d):
-            passed.update(node.inputs[:1] if isinstance(node.op, Gate) else node.inputs)
+            passed.update(below)
 
 
 def check_projectable(graph: Graph, target: int) -> None:

@@ -93,6 +93,10 @@ class Operator:
         """Why a top-down signal cannot pass, or None."""
         return None
 
+    def advice(self) -> str:
+        """What the user can do about a refusal."""
+        return "only layers below it can be projected"
+
     def macs(self, out_shape: tuple[int, int, int]) -> float:
         """Multiply-accumulates (or element visits) for an output of this shape, for the cost model."""
         channels, height, width = out_shape
@@ -369,6 +373,25 @@ class Activation(Operator):
     def refusal(self) -> str | None:
         return None if self.rule else f"{self.name} has no canonical deconvnet rule"
 
+    def advice(self) -> str:
+        return f"state one: conelens.trace(model, example, policy={{'{self.name}': 'clamp' or 'gradient'}})"
+
+
+@dataclass(eq=False)
+class Opaque(Operator):
+    """A function of all channels of a cell, such as softmax or their maximum; it runs forward, but no signal passes down."""
+
+    name: str
+    function: Callable[[Tensor], Tensor]
+    kind: str = "opaque"  # type: ignore[misc]
+    keeps_zero = False
+
+    def forward(self, inputs: Sequence[Tensor], step: Step | None) -> Tensor:
+        return self.function(inputs[0])
+
+    def refusal(self) -> str | None:
+        return f"{self.name} across channels has no deconvnet rule"
+
 
 @dataclass(eq=False)
 class LocalResponseNorm(Operator):
@@ -398,9 +421,9 @@ class LocalResponseNorm(Operator):
 
 
 def _vector_jacobian(function: Callable[[Tensor], Tensor], x: Tensor, signal: Tensor) -> Tensor:
-    with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(function(leaf), leaf, signal)
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(function(leaf), leaf, signal.clone())
     return gradient
 
 
@@ -446,6 +469,21 @@ class Gate(Operator):
     def refusal(self) -> str | None:
         return None if self.rule else "a gate (map times computed map) has no canonical deconvnet rule"
 
+    def advice(self) -> str:
+        return "state one: conelens.trace(model, example, policy={'gate': 'hold'})"
+
+
+class Product(Gate):
+    """The product of two maps, neither of which is a gate; it runs forward, but no signal passes down."""
+
+    kind = "product"
+
+    def refusal(self) -> str | None:
+        return "a product of two maps, neither of which is a gate, has no deconvnet rule"
+
+    def advice(self) -> str:
+        return Operator.advice(self)
+
 
 @dataclass(eq=False)
 class Concat(Operator):
@@ -463,18 +501,28 @@ class Concat(Operator):
 
 @dataclass(eq=False)
 class SelectChannels(Operator):
-    """Channels picked by index: slices, splits, and the permutation of a channel shuffle."""
+    """Channels picked by index: slices, splits, the permutation of a channel shuffle; index -1 gives a channel of zeros."""
 
     index: Tensor  # [C_out] int64
     in_channels: int
     kind = "select"
 
+    def __post_init__(self) -> None:
+        self._used = (self.index >= 0).nonzero().flatten()
+        self._zeros = len(self._used) < len(self.index)
+
     def forward(self, inputs: Sequence[Tensor], step: Step | None) -> Tensor:
-        return inputs[0].index_select(1, self.index)
+        (x,) = inputs
+        if not self._zeros:
+            return x.index_select(1, self.index)
+        out = x.new_zeros((x.shape[0], len(self.index), *x.shape[2:]))
+        return out.index_copy_(1, self._used, x.index_select(1, self.index[self._used]))
 
     def topdown(self, signal: Tensor, step: Step) -> list[Tensor | None]:
-        shape = (signal.shape[0], self.in_channels, *signal.shape[2:])
-        return [signal.new_zeros(shape).index_add_(1, self.index, signal)]
+        out = signal.new_zeros((signal.shape[0], self.in_channels, *signal.shape[2:]))
+        if not self._zeros:
+            return [out.index_add_(1, self.index, signal)]
+        return [out.index_add_(1, self.index[self._used], signal.index_select(1, self._used))]
 
 
 @dataclass(eq=False)
@@ -537,7 +585,4 @@ def require_rule(operator: Operator, where: str) -> None:
     """Raise when a top-down signal cannot pass ``operator``."""
     reason = operator.refusal()
     if reason:
-        raise UnsupportedOperatorError(
-            f"cannot project through {where}: {reason}; trace the network with a stated policy, "
-            "e.g. conelens.trace(model, example, policy={'relu6': 'clamp', 'gate': 'hold'})"
-        )
+        raise UnsupportedOperatorError(f"cannot project through {where}: {reason}; {operator.advice()}")

@@ -1,17 +1,20 @@
-"""Rules that only move data: views, permutations, slices, concatenation. They rarely cost an operator of their own."""
+"""Rules that only move data: views, permutations, slices, stacks. They rarely cost an operator of their own.
+
+What such a call means is not guessed from the sizes baked into it: the same call is made on a tensor of cell numbers, and the
+result says which cell of which sample went where.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from conelens.errors import UnsupportedOperatorError
 from conelens.graph import Node
-from conelens.operators import Concat, Flatten, Spatial
+from conelens.operators import Concat, Flatten, SelectChannels, Spatial
 from conelens.tracing.recorder import Meaning, Recorder
 
 Result = Node | Meaning | list[Any] | None
@@ -21,131 +24,113 @@ def identity(rec: Recorder, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -
     return rec.meaning(x)
 
 
-def reshape(rec: Recorder, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Result:
-    """view, reshape, flatten, squeeze, unsqueeze: read by what they mean, not by the sizes baked into them."""
+def move(rec: Recorder, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> Result:
+    """Any call that moves cells without changing them."""
     meaning = rec.meaning(x)
     assert meaning is not None
-    if out.shape == x.shape:
-        return meaning
+    if meaning.layout == "positive":
+        raise UnsupportedOperatorError(f"{rec.here}: a mask x > 0 may only multiply x or choose in torch.where")
     node = rec.graph[meaning.node]
+    cells = node.shape[0] * node.size[0] * node.size[1]
+    numbers = rec.cells_of(meaning, tuple(x.shape[1:]))[None] + torch.arange(rec.batch).reshape(-1, *[1] * (x.ndim - 1)) * cells
+    args, kwargs = rec.without_meaning((args, kwargs))
+    function = torch.Tensor.reshape if rec.function is torch.Tensor.view else rec.function  # strides are not tracked
+    moved = function(numbers, *args, **kwargs)
+    if isinstance(out, Tensor):
+        return _place(rec, node, moved, cells)
+    return [_place(rec, node, part, cells) for part in moved]
+
+
+def _place(rec: Recorder, node: Node, moved: Tensor, cells: int) -> Node | Meaning:
+    """The meaning of a tensor that holds the cells ``moved`` [N, ...] of ``node``."""
+    if moved.ndim == 0 or moved.shape[0] != rec.batch:
+        raise UnsupportedOperatorError(f"{rec.here}: the result {tuple(moved.shape)} mixes or drops samples")
+    index = moved[0]
+    own = index[None] + torch.arange(rec.batch).reshape(-1, *[1] * index.ndim) * cells
+    if not torch.equal(own, moved):
+        raise UnsupportedOperatorError(f"{rec.here}: mixes the samples of a batch")
+    return arrange(rec, node, index)
+
+
+def arrange(rec: Recorder, node: Node, index: Tensor) -> Node | Meaning:
+    """A tensor [N, *index.shape] of the cells ``index`` of ``node``: a map or vector of its own where it is one, else a view."""
     channels, height, width = node.shape
-    shape = tuple(out.shape)
-    if shape[0] == rec.batch and meaning.layout != "positive":
-        index = np.arange(channels) if meaning.channels is None else meaning.channels
-        if len(shape) >= 4 and shape[-2:] == (height, width) and np.prod(shape[1:-2]) == index.size:
-            return rec.select(node, index.reshape(shape[1:-2]))
-        if len(shape) == 3 and shape[1:] == (index.size, height * width) and (height, width) != (1, 1):
-            picked = rec.select(node, index.reshape(-1))
-            assert isinstance(picked, Node)
-            return Meaning(picked.index, "cells")
-        if len(shape) == 2 and shape[1] == index.size * height * width:
-            picked = rec.select(node, index.reshape(-1))
-            assert isinstance(picked, Node)
-            if (height, width) == (1, 1):
-                return Meaning(picked.index, "vector")
-            return rec.emit(Flatten(picked.shape), (picked,), (shape[1], 1, 1), vector=True)
-    raise UnsupportedOperatorError(f"{rec.here}: no meaning known for a view from {tuple(x.shape)} to {shape}")
+    if index.numel() == 0:
+        raise UnsupportedOperatorError(f"{rec.here}: the result is empty")
+    if index.ndim == 1:
+        if (height, width) == (1, 1):
+            picked = rec.select(node, index)
+            return Meaning(picked.index, "vector")
+        flat = rec.emit(Flatten(node.shape), (node,), (channels * height * width, 1, 1), vector=True)
+        return rec.select(flat, index)
+    if index.ndim == 3:
+        channel, row, column = index // (height * width), index // width % height, index % width
+        separable = (
+            (channel == channel[:, :1, :1]).all() and (row == row[:1, :, :1]).all() and (column == column[:1, :1, :]).all()
+        )
+        if separable:
+            picked = _cells(rec, rec.select(node, channel[:, 0, 0]), row[0, :, 0], column[0, 0, :])
+            return Meaning(picked.index, "map")
+    return Meaning(node.index, "view", index)
 
 
-def permute(rec: Recorder, out: Tensor, x: Tensor, *dims: Any, **kwargs: Any) -> Result:
-    """Permutations among channel dimensions (channel shuffle)."""
-    meaning = rec.meaning(x)
-    if meaning is not None and meaning.layout == "split":
-        if len(dims) == 1 and isinstance(dims[0], Sequence):
-            dims = tuple(dims[0])
-        if kwargs:
-            dims = tuple(kwargs.get("dims", (kwargs.get("dim0"), kwargs.get("dim1"))))
-        order = list(range(x.ndim))
-        if len(dims) == 2:  # transpose
-            a, b = (d % x.ndim for d in dims)
-            order[a], order[b] = order[b], order[a]
-        else:
-            order = [d % x.ndim for d in dims]
-        if order[0] == 0 and order[-2:] == [x.ndim - 2, x.ndim - 1]:
-            assert meaning.channels is not None
-            return rec.select(rec.graph[meaning.node], meaning.channels.transpose([d - 1 for d in order[1:-2]]))
-    raise UnsupportedOperatorError(f"{rec.here}: only channels may be permuted (input {tuple(x.shape)}, dimensions {dims})")
+def _cells(rec: Recorder, node: Node, rows: Tensor, columns: Tensor) -> Node:
+    """Picked rows and columns of a map (slices, flips, repetitions)."""
+    height, width = node.size
+    if torch.equal(rows, torch.arange(height)) and torch.equal(columns, torch.arange(width)):
+        return node
+    matrices = [torch.eye(size, dtype=torch.float64)[picked] for size, picked in ((height, rows), (width, columns))]
+    return rec.emit(Spatial(*matrices, kind="slice"), (node,), (node.shape[0], len(rows), len(columns)))
 
 
-def getitem(rec: Recorder, out: Tensor, x: Tensor, key: Any) -> Result:
-    """Slices of channels (free) and of rows and columns (a linear map of space)."""
-    node = rec.map_of(x)
-    keys = list(key) if isinstance(key, tuple) else [key]
-    if Ellipsis in keys:
-        at = keys.index(Ellipsis)
-        keys[at : at + 1] = [slice(None)] * (x.ndim - len(keys) + 1)
-    keys += [slice(None)] * (x.ndim - len(keys))
-    if len(keys) != x.ndim or keys[0] != slice(None) or not all(isinstance(k, slice) for k in keys[2:]):
-        raise UnsupportedOperatorError(f"{rec.here}: index {key!r} is no slice of channels, rows and columns")
-    chosen = np.arange(node.shape[0])[np.asarray(keys[1].tolist()) if isinstance(keys[1], Tensor) else keys[1]]
-    picked = rec.select(node, np.atleast_1d(chosen))
-    assert isinstance(picked, Node)
-    if chosen.ndim == 0:
-        raise UnsupportedOperatorError(f"{rec.here}: index {key!r} drops the channel dimension")
-    if all(k == slice(None) for k in keys[2:]):
-        return picked
-    matrices = [torch.eye(s, dtype=torch.float64)[k] for s, k in zip(picked.size, keys[2:], strict=True)]
-    shape = (picked.shape[0], len(matrices[0]), len(matrices[1]))
-    return rec.emit(Spatial(matrices[0], matrices[1], kind="slice"), (picked,), shape)
-
-
-def split(rec: Recorder, out: Sequence[Tensor], x: Tensor, *args: Any, dim: int = 0, **kwargs: Any) -> Result:
-    """chunk, split, tensor_split, unbind along channels."""
-    axis = args[1] if len(args) > 1 else dim
-    meaning = rec.meaning(x)
-    assert meaning is not None
-    node = rec.graph[meaning.node]
-    index = np.arange(node.shape[0]) if meaning.channels is None else meaning.channels
-    if axis % x.ndim != 1 or meaning.layout not in ("map", "vector", "split"):
-        raise UnsupportedOperatorError(f"{rec.here}: only channels may be split (got dimension {axis})")
-    pieces, start = [], 0
-    for piece in out:
-        if piece.ndim != x.ndim:
-            raise UnsupportedOperatorError(f"{rec.here}: a piece drops the channel dimension")
-        pieces.append(rec.select(node, index[start : start + piece.shape[1]]))
-        start += piece.shape[1]
-    return pieces
-
-
-def unbind(rec: Recorder, out: Sequence[Tensor], x: Tensor, dim: int = 0) -> Result:
-    """The parts of a channel dimension that a view has split (x.view(n, 2, c, h, w).unbind(1))."""
-    meaning = rec.meaning(x)
-    if meaning is None or meaning.channels is None or dim % x.ndim != 1:
-        raise UnsupportedOperatorError(f"{rec.here}: only a split channel dimension can be unbound")
-    return [rec.select(rec.graph[meaning.node], part) for part in meaning.channels]
-
-
-def narrow(rec: Recorder, out: Tensor, x: Tensor, dim: int, start: int, length: int) -> Result:
-    keys: list[Any] = [slice(None)] * x.ndim
-    keys[dim] = slice(start, start + length)
-    return getitem(rec, out, x, tuple(keys))
-
-
-def index_select(rec: Recorder, out: Tensor, x: Tensor, dim: int, index: Tensor) -> Result:
-    if dim % x.ndim != 1:
-        raise UnsupportedOperatorError(f"{rec.here}: only channels may be selected (got dimension {dim})")
-    return rec.select(rec.map_of(x), np.asarray(index.tolist()))
-
-
-def channel_shuffle(rec: Recorder, out: Tensor, x: Tensor, groups: int) -> Result:
-    node = rec.map_of(x)
-    return rec.select(node, np.arange(node.shape[0]).reshape(groups, -1).T.reshape(-1))
+def stack(rec: Recorder, out: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> Result:
+    """Maps or vectors beside each other in a new dimension: a concatenation seen through a view."""
+    axis = dim % out.ndim
+    nodes = [rec.map_of(t, "a stacked tensor") for t in tensors]
+    shapes = {tuple(t.shape[1:]) for t in tensors}
+    if axis == 0 or len(shapes) != 1:
+        raise UnsupportedOperatorError(f"{rec.here}: only maps of one shape may be stacked, and not along the samples")
+    joined = _join(rec, nodes)
+    parts = torch.arange(joined.shape[0] * joined.size[0] * joined.size[1]).reshape(len(nodes), *next(iter(shapes)))
+    return arrange(rec, joined, parts.movedim(0, axis - 1))
 
 
 def concatenate(rec: Recorder, out: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> Result:
-    if dim % out.ndim != 1:
-        raise UnsupportedOperatorError(f"{rec.here}: only channels may be concatenated (got dimension {dim})")
-    nodes = [rec.map_of(t, "a concatenated tensor") for t in tensors]
+    if dim % out.ndim != 1 or out.ndim not in (2, 4):
+        raise UnsupportedOperatorError(f"{rec.here}: only channels may be concatenated (got dimension {dim} of {tuple(out.shape)})")
+    return _join(rec, [rec.map_of(t, "a concatenated tensor") for t in tensors])
+
+
+def _join(rec: Recorder, nodes: Sequence[Node]) -> Node:
     channels = [n.shape[0] for n in nodes]
     return rec.emit(Concat(channels), nodes, (sum(channels), *nodes[0].size), nodes[0].vector)
 
 
 def expand(rec: Recorder, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Result:
-    """Broadcasting of [N, C, 1, 1]; kept as the small map, since every reader broadcasts."""
+    """Broadcasting. A map of one cell stays small, since whatever reads it broadcasts."""
+    meaning = rec.meaning(x)
+    assert meaning is not None
+    if meaning.layout == "map" and rec.graph[meaning.node].size == (1, 1) and out.shape[1] == x.shape[1]:
+        return meaning
+    return move(rec, out, x, *args, **kwargs)
+
+
+def broadcast(rec: Recorder, node: Node, shape: tuple[int, int, int]) -> Node:
+    """``node`` repeated over channels, rows and columns where it has one and ``shape`` has more."""
+    if any(had not in (1, wanted) for had, wanted in zip(node.shape, shape, strict=True)):
+        raise UnsupportedOperatorError(f"{rec.here}: maps of different shapes {node.shape} and {shape}")
+    if node.shape[0] != shape[0]:
+        node = rec.emit(SelectChannels(torch.zeros(shape[0], dtype=torch.int64, device=rec.device), 1), (node,), (shape[0], *node.size))
+    if node.size != shape[1:]:
+        ones = [torch.ones(wanted, had, dtype=torch.float64) if had == 1 else torch.eye(had, dtype=torch.float64)
+                for had, wanted in zip(node.size, shape[1:], strict=True)]  # fmt: skip
+        node = rec.emit(Spatial(*ones, kind="expand"), (node,), shape)
+    return node
+
+
+def channel_shuffle(rec: Recorder, out: Tensor, x: Tensor, groups: int) -> Result:
     node = rec.map_of(x)
-    if node.size != (1, 1):
-        raise UnsupportedOperatorError(f"{rec.here}: only maps of one cell may be expanded")
-    return rec.meaning(x)
+    return rec.select(node, torch.arange(node.shape[0]).reshape(groups, -1).T.reshape(-1))
 
 
 RULES = {
@@ -153,14 +138,15 @@ RULES = {
         ("contiguous", "clone", "detach", "to", "float", "double", "half", "type_as", "requires_grad_", "data", "alias", "cpu", "cuda"),
         identity,
     ),
-    **dict.fromkeys(("view", "reshape", "flatten", "squeeze", "unsqueeze", "reshape_as", "view_as", "unflatten"), reshape),
-    **dict.fromkeys(("permute", "transpose", "swapaxes"), permute),
-    **dict.fromkeys(("chunk", "split", "tensor_split", "split_with_sizes"), split),
+    **dict.fromkeys(
+        ("view", "reshape", "flatten", "squeeze", "unsqueeze", "reshape_as", "view_as", "unflatten", "permute", "transpose", "swapaxes",
+         "movedim", "moveaxis", "chunk", "split", "tensor_split", "split_with_sizes", "unbind", "narrow", "select", "index_select", "flip",
+         "__getitem__", "pixel_unshuffle", "pixel_shuffle", "roll", "repeat", "repeat_interleave"),
+        move,
+    ),
     **dict.fromkeys(("expand", "expand_as"), expand),
-    "__getitem__": getitem,
-    "unbind": unbind,
-    "narrow": narrow,
-    "index_select": index_select,
     "channel_shuffle": channel_shuffle,
+    "native_channel_shuffle": channel_shuffle,
     "cat": concatenate,
-}
+    "stack": stack,
+}  # fmt: skip

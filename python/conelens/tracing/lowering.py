@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -13,7 +14,8 @@ from torch import Tensor
 from conelens.errors import UnsupportedOperatorError
 from conelens.graph import Node
 from conelens.operators import (
-    Activation, Add, Affine, Conv2d, Gate, Linear, LocalResponseNorm, MaxPool2d, Operator, Pad, Pair, Rectify, Spatial,
+    Activation, Add, Affine, Conv2d, Gate, Linear, LocalResponseNorm, MaxPool2d, Opaque, Operator, Pad, Pair, Product, Rectify,
+    SelectChannels, Spatial,
 )  # fmt: skip
 from conelens.tracing import layouts
 from conelens.tracing.recorder import Meaning, Recorder
@@ -35,6 +37,15 @@ def _out(rec: Recorder, out: Tensor, op: Operator, *inputs: Node) -> Node:
     if out.ndim != 4:
         raise UnsupportedOperatorError(f"{rec.here}: gives shape {tuple(out.shape)}, wanted [N, C, H, W] or [N, F]")
     return rec.emit(op, inputs, (out.shape[1], out.shape[2], out.shape[3]))
+
+
+def _pointwise(rec: Recorder, out: Tensor, op: Operator, *inputs: Node) -> Node | Meaning:
+    """The same for operators that act cell by cell, whose inputs may be views with split channels (``Recorder.flat_of``)."""
+    if out.ndim == 2:
+        return _out(rec, out, op, *inputs)
+    channels, height, width = (max(sizes) for sizes in zip(*(n.shape for n in inputs), strict=True))
+    node = rec.emit(op, inputs, (channels, height, width))
+    return layouts.arrange(rec, node, torch.arange(channels * height * width).reshape(out.shape[1:]))
 
 
 # --- linear maps -----------------------------------------------------------------------------------------------------
@@ -116,17 +127,54 @@ def adaptive_avg_pool2d(rec: Recorder, out: Tensor, input: Tensor, output_size: 
 
 
 def mean(rec: Recorder, out: Tensor, input: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Result:
-    """Mean over all cells: global average pooling, in its several spellings."""
-    found = rec.meaning(input)
-    dims = sorted(d % input.ndim for d in ([dim] if isinstance(dim, int) else dim or ()))
-    if found is None or kwargs or dims != ([2] if found.layout == "cells" else [2, 3]):
-        raise UnsupportedOperatorError(f"{rec.here}: only the mean over rows and columns has a rule (got dim={dim})")
-    channels, height, width = rec.graph[found.node].shape
-    op = Spatial(
-        torch.full((1, height), 1 / height, dtype=torch.float64), torch.full((1, width), 1 / width, dtype=torch.float64),
-        kind="avg_pool",
-    )  # fmt: skip
-    return rec.emit(op, (rec.graph[found.node],), (channels, 1, 1), vector=not keepdim)
+    return _reduced(rec, out, input, dim, lambda count: 1 / count)
+
+
+def total(rec: Recorder, out: Tensor, input: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Result:
+    return _reduced(rec, out, input, dim, lambda count: 1.0)
+
+
+def _dimensions(rec: Recorder, x: Tensor, dim: Any) -> list[int]:
+    dims = sorted(d % x.ndim for d in ([dim] if isinstance(dim, int) else dim or ()))
+    if not dims or dims[0] == 0:
+        raise UnsupportedOperatorError(
+            f"{rec.here}: reduces over the samples of a batch (dim={dim}), so that what follows depends on the data"
+        )
+    return dims
+
+
+def _reduced(rec: Recorder, out: Tensor, x: Tensor, dim: Any, weight: Callable[[int], float]) -> Result:
+    """Sums with a weight: over rows and columns, over channels, or over one dimension of split channels."""
+    found, dims = rec.meaning(x), _dimensions(rec, x, dim)
+    assert found is not None
+    node = rec.graph[found.node]
+    channels, height, width = node.shape
+    if found.cells is not None and dims == [2] and torch.equal(found.cells, torch.arange(found.cells.numel()).reshape(channels, -1)):
+        dims = [2, 3]  # x.view(n, c, -1).mean(2)
+    elif found.cells is not None:
+        if len(dims) != 1:
+            raise UnsupportedOperatorError(f"{rec.here}: no rule for reducing a view {tuple(x.shape)} over dimensions {dims}")
+        parts = [layouts.arrange(rec, node, part) for part in found.cells.unbind(dims[0] - 1)]
+        if any(isinstance(part, Meaning) and part.layout == "view" for part in parts):
+            raise UnsupportedOperatorError(f"{rec.here}: the parts of a sum over dimension {dim} are no maps")
+        nodes = [part if isinstance(part, Node) else rec.graph[part.node] for part in parts]
+        summed = rec.emit(Add(), nodes, nodes[0].shape)
+        factor = torch.full((nodes[0].shape[0],), weight(len(nodes)), dtype=x.dtype, device=x.device)
+        scaled = summed if weight(len(nodes)) == 1 else rec.emit(Affine(factor, None), (summed,), summed.shape)
+        return layouts.arrange(rec, scaled, torch.arange(math.prod(scaled.shape)).reshape(out.shape[1:]))
+    if dims == [1] and not node.vector:
+        kernel = torch.full((1, channels, 1, 1), weight(channels), dtype=x.dtype, device=x.device)
+        made = rec.emit(Conv2d(kernel, None, (1, 1), (0, 0, 0, 0), (1, 1), 1), (node,), (1, height, width))
+    elif set(dims) <= {2, 3}:
+        matrices = [
+            torch.full((1, size), weight(size), dtype=torch.float64) if axis in dims else torch.eye(size, dtype=torch.float64)
+            for axis, size in ((2, height), (3, width))
+        ]
+        shape = (channels, len(matrices[0]), len(matrices[1]))
+        made = rec.emit(Spatial(*matrices, kind="avg_pool"), (node,), shape)
+    else:
+        raise UnsupportedOperatorError(f"{rec.here}: no rule for reducing {tuple(x.shape)} over dimensions {dims}")
+    return layouts.arrange(rec, made, torch.arange(math.prod(made.shape)).reshape(out.shape[1:]))
 
 
 def interpolate(
@@ -141,10 +189,15 @@ def interpolate(
 
 
 def pad(rec: Recorder, out: Tensor, input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Result:
-    left, right, top, bottom = [*(int(p) for p in pad), 0, 0, 0, 0][:4]
-    if len(pad) > 4 and any(pad[4:]):
-        raise UnsupportedOperatorError(f"{rec.here}: only rows and columns may be padded (got {tuple(pad)})")
+    left, right, top, bottom, before, after, *samples = [*(int(p) for p in pad), *[0] * 8][:8]
+    if any(samples) or (before or after) and (mode != "constant" or value):
+        raise UnsupportedOperatorError(f"{rec.here}: only rows and columns may be padded, channels only by zeros (got {tuple(pad)})")
     node = rec.map_of(input)
+    if before or after:
+        channels = torch.arange(-before, node.shape[0] + after)
+        node = rec.select(node, channels.where((channels >= 0) & (channels < node.shape[0]), -1))
+        if not any((left, right, top, bottom)):
+            return node
     if mode == "constant":
         return _out(rec, out, Pad((top, left, bottom, right), float(value or 0.0), node.size), node)
     return _separable(rec, out, input, "pad", partial(F.pad, pad=(left, right, top, bottom), mode=mode))
@@ -179,11 +232,16 @@ def adaptive_max_pool2d(rec: Recorder, out: Any, input: Tensor, output_size: Any
 
 
 def amax(rec: Recorder, out: Tensor, input: Tensor, dim: Any = (), keepdim: bool = False) -> Result:
-    node = rec.map_of(input)
-    if sorted(d % input.ndim for d in ([dim] if isinstance(dim, int) else dim)) != [2, 3]:
+    """The maximum over rows and columns is a max pool; that across channels runs forward alone."""
+    node, dims = rec.map_of(input), _dimensions(rec, input, dim)
+    channels, height, width = node.shape
+    if dims == [2, 3]:
+        made = rec.emit(MaxPool2d(node.size, node.size, (0, 0), (1, 1), False), (node,), (channels, 1, 1))
+    elif dims == [1] and not node.vector:
+        made = rec.emit(Opaque("max", partial(torch.amax, dim=1, keepdim=True), "max"), (node,), (1, height, width))
+    else:
         raise UnsupportedOperatorError(f"{rec.here}: only the maximum over rows and columns has a rule (got dim={dim})")
-    op = MaxPool2d(node.size, node.size, (0, 0), (1, 1), False)
-    return rec.emit(op, (node,), (node.shape[0], 1, 1), vector=not keepdim)
+    return layouts.arrange(rec, made, torch.arange(math.prod(made.shape)).reshape(out.shape[1:]))
 
 
 def lrn(
@@ -197,7 +255,7 @@ def lrn(
 
 
 def relu(rec: Recorder, out: Tensor, input: Tensor, inplace: bool = False) -> Result:
-    return _out(rec, out, Rectify(), rec.map_of(input))
+    return _pointwise(rec, out, Rectify(), rec.flat_of(input))
 
 
 def clamp(rec: Recorder, out: Tensor, input: Tensor, min: Any = None, max: Any = None) -> Result:
@@ -223,8 +281,12 @@ def hardtanh(
 
 
 def maximum(rec: Recorder, out: Any, input: Tensor, other: Any = None, *args: Any, **kwargs: Any) -> Result:
-    """torch.maximum(x, 0) and its mirror image are ReLUs."""
-    x, constant = (input, other) if rec.meaning(input) is not None else (other, input)
+    """torch.maximum(x, 0) and its mirror image are ReLUs; x.max(dim) is a reduction."""
+    dim = kwargs.pop("dim", other)
+    if not isinstance(dim, Tensor):
+        values = out if isinstance(out, Tensor) else out[0]
+        return [amax(rec, values, input, () if dim is None else dim), None]
+    x, constant = (input, dim) if rec.meaning(input) is not None else (dim, input)
     if isinstance(constant, Tensor) and rec.meaning(constant) is None and not constant.any() and not args and not kwargs:
         return relu(rec, out, x)
     raise UnsupportedOperatorError(f"{rec.here}: only the maximum with zero has a rule")
@@ -239,6 +301,8 @@ def greater(rec: Recorder, out: Tensor, input: Tensor, other: Any) -> Result:
 
 def where(rec: Recorder, out: Tensor, condition: Tensor, input: Any = None, other: Any = None) -> Result:
     """torch.where(x > 0, x, 0) is a ReLU."""
+    if isinstance(input, Tensor) and input.dtype == torch.bool:  # x.where(x > 0, 0)
+        condition, input = input, condition
     mask, x = rec.meaning(condition), rec.meaning(input)
     zero = other == 0 if not isinstance(other, Tensor) else rec.meaning(other) is None and not other.any()
     if mask is None or mask.layout != "positive" or x is None or x.node != mask.node or not zero:
@@ -266,12 +330,26 @@ def elementwise(rec: Recorder, out: Tensor, input: Tensor, *args: Any, **kwargs:
 
 def softmax(rec: Recorder, out: Tensor, input: Tensor, dim: int | None = None, *args: Any, **kwargs: Any) -> Result:
     name = rec.here.split(" ", 1)[0]
-    return _out(rec, out, Activation(name, partial(getattr(F, name), dim=1), None, kind=name), rec.map_of(input))
+    node = rec.flat_of(input)
+    split = tuple(out.shape[1:]) if node.size == (1, 1) else tuple(out.shape[1:-2])
+    axis = (1 if dim is None else dim) % out.ndim
+    if not 1 <= axis <= len(split):
+        raise UnsupportedOperatorError(f"{rec.here}: only channels may compete (got dim={dim} of {tuple(out.shape)})")
+    return _pointwise(rec, out, Opaque(name, partial(_compete, getattr(torch, name), split, axis), name), node)
+
+
+def _compete(function: Callable[..., Tensor], split: tuple[int, ...], axis: int, x: Tensor) -> Tensor:
+    return function(x.reshape(x.shape[0], *split, *x.shape[2:]), dim=axis).reshape(x.shape)
 
 
 def _activation(rec: Recorder, out: Tensor, x: Tensor, name: str, function: Callable[[Tensor], Tensor]) -> Result:
     rule = rec.rule_for(name)
-    return _out(rec, out, Activation(name, function, rule, kind=name), rec.map_of(x))
+    return _pointwise(rec, out, Activation(name, function, rule, kind=name), rec.flat_of(x))
+
+
+def constant(rec: Recorder, out: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Result:
+    """zeros_like and its kin: only the shape of the input matters."""
+    return None
 
 
 def dropout(rec: Recorder, out: Tensor, input: Tensor, p: float = 0.5, training: bool = True, *args: Any, **kwargs: Any) -> Result:
@@ -289,12 +367,14 @@ def add(rec: Recorder, out: Tensor, input: Any, other: Any, *, alpha: float = 1)
         return _affine(rec, out, input, factor=factor, shift=other)
     if rec.meaning(other) is None:
         return _affine(rec, out, input, shift=other if alpha == 1 else other * alpha)
-    left, right = rec.map_of(input), rec.map_of(other)
+    left, right = rec.flat_of(input), rec.flat_of(other)
     if left.shape != right.shape:
-        raise UnsupportedOperatorError(f"{rec.here}: sum of maps of different shapes {left.shape} and {right.shape}")
+        shape = (max(left.shape[0], right.shape[0]), max(left.shape[1], right.shape[1]), max(left.shape[2], right.shape[2]))
+        left, right = layouts.broadcast(rec, left, shape), layouts.broadcast(rec, right, shape)
     if alpha != 1:
-        right = rec.emit(_constant_affine(rec, other, alpha, None), (right,), right.shape, right.vector)
-    return _out(rec, out, Add(), left, right)
+        factor = torch.full((right.shape[0],), float(alpha), dtype=out.dtype, device=out.device)
+        right = rec.emit(Affine(factor, None), (right,), right.shape, right.vector)
+    return _pointwise(rec, out, Add(), left, right)
 
 
 def sub(rec: Recorder, out: Tensor, input: Any, other: Any, *, alpha: float = 1) -> Result:
@@ -316,7 +396,37 @@ def mul(rec: Recorder, out: Tensor, input: Any, other: Any) -> Result:
         return _affine(rec, out, x, factor=constant)
     if left.node == right.node and {left.layout, right.layout} == {"map", "positive"}:  # x * (x > 0)
         return relu(rec, out, input if left.layout == "map" else other)
-    return _gate(rec, out, rec.map_of(input), rec.map_of(other))
+    first, second = rec.flat_of(input), rec.flat_of(other)
+    for x, tensor, factor in ((first, input, second), (second, other, first)):
+        made = _made_from(rec, factor, x)
+        if made is not None:  # x * f(x) acts on one value at a time
+            name = _SELF_GATED.get(tuple(op.kind for op in made), "self_gate")
+            return _activation(rec, out, tensor, name, partial(_times, functions=made))
+    return _gate(rec, out, first, second)
+
+
+_SELF_GATED = {
+    (): "square", ("sigmoid",): "silu", ("softplus", "tanh"): "mish", ("hardsigmoid",): "hardswish", ("affine", "relu6"): "hardswish",
+    ("affine", "relu6", "affine"): "hardswish",
+}  # fmt: skip
+
+
+def _made_from(rec: Recorder, node: Node, x: Node) -> list[Operator] | None:
+    """The element-wise operators that turn ``x`` into ``node``, or None where something else is between them."""
+    made: list[Operator] = []
+    while node.index != x.index:
+        if not isinstance(node.op, Activation | Affine | Rectify):
+            return None
+        made.insert(0, node.op)
+        node = rec.graph[node.inputs[0]]
+    return made
+
+
+def _times(x: Tensor, functions: Sequence[Operator]) -> Tensor:
+    y = x
+    for function in functions:
+        y = function.forward([y], None)
+    return x * y
 
 
 def div(rec: Recorder, out: Tensor, input: Any, other: Any, *, rounding_mode: str | None = None) -> Result:
@@ -325,36 +435,46 @@ def div(rec: Recorder, out: Tensor, input: Any, other: Any, *, rounding_mode: st
     return _affine(rec, out, input, factor=1 / other)
 
 
-_BOUNDED = ("sigmoid", "hardsigmoid", "softmax", "tanh")
+_BOUNDED = ("sigmoid", "hardsigmoid", "softmax", "tanh", "relu6", "hardtanh")
+
+
+def _bounded(rec: Recorder, node: Node) -> bool:
+    """Does a bounded non-linearity give these values, scaled or moved at most?"""
+    while isinstance(node.op, Affine | Spatial | SelectChannels):
+        node = rec.graph[node.inputs[0]]
+    return getattr(node.op, "name", "") in _BOUNDED
 
 
 def _gate(rec: Recorder, out: Tensor, left: Node, right: Node) -> Result:
     """Which factor is the gate: the smaller map, else the one that a bounded non-linearity produced."""
-    cells = [n.size[0] * n.size[1] for n in (left, right)]
-    bounded = [getattr(n.op, "name", "") in _BOUNDED for n in (left, right)]
+    cells = [n.shape[0] * n.size[0] * n.size[1] for n in (left, right)]
+    bounded = [_bounded(rec, n) for n in (left, right)]
+    clear = cells[0] != cells[1] or bounded[0] != bounded[1]
     if cells[0] < cells[1] or (cells[0] == cells[1] and bounded == [True, False]):
         left, right = right, left
-    elif cells[0] == cells[1] and bounded != [False, True]:
-        raise UnsupportedOperatorError(f"{rec.here}: product of two maps, neither of which is a gate")
-    if right.shape[0] != left.shape[0] and right.shape[0] != 1:
+    if any(small not in (1, large) for small, large in zip(right.shape, left.shape, strict=True)):
         raise UnsupportedOperatorError(f"{rec.here}: gate of shape {right.shape} does not fit the map {left.shape}")
     spatial = (right.size[0] == left.size[0], right.size[1] == left.size[1])
-    return _out(rec, out, Gate(spatial, rec.rule_for("gate")), left, right)
+    return _pointwise(rec, out, Gate(spatial, rec.rule_for("gate")) if clear else Product(spatial, None), left, right)
 
 
 def _affine(rec: Recorder, out: Tensor, x: Tensor, factor: Any = None, shift: Any = None) -> Result:
-    node = rec.map_of(x)
-    return _out(rec, out, _constant_affine(rec, x, factor, shift), node)
+    node = rec.flat_of(x)
+    return _pointwise(rec, out, _constant_affine(rec, x, node.shape[0], factor, shift), node)
 
 
-def _constant_affine(rec: Recorder, x: Tensor, factor: Any, shift: Any) -> Affine:
+def _constant_affine(rec: Recorder, x: Tensor, channels: int, factor: Any, shift: Any) -> Affine:
     """Constants as per-channel vectors; anything that varies over space or samples has no rule."""
-    channels = x.shape[1]
 
     def vector(constant: Any) -> Tensor | None:
         if constant is None:
             return None
         t = torch.as_tensor(constant, dtype=x.dtype, device=x.device).detach()
+        for axis in range(t.ndim):
+            if axis != 1 - (x.ndim - t.ndim) and bool((t == t.narrow(axis, 0, 1)).all()):
+                t = t.narrow(axis, 0, 1)  # the same for all samples, rows or columns
+        if t.numel() and bool((t == t.reshape(-1)[0]).all()):
+            t = t.reshape(-1)[0]
         shape = (1,) * (x.ndim - t.ndim) + tuple(t.shape)
         if t.ndim > x.ndim or any(s != 1 for i, s in enumerate(shape) if i != 1) or shape[1] not in (1, channels):
             raise UnsupportedOperatorError(f"{rec.here}: a constant of shape {tuple(t.shape)} is no per-channel constant")
@@ -382,8 +502,13 @@ RULES: dict[str, Callable[..., Any]] = {
     ),
     **dict.fromkeys(("softmax", "log_softmax"), softmax),
     **dict.fromkeys(("maximum", "max"), maximum),
+    **dict.fromkeys(("gt", "ge"), greater),
+    **dict.fromkeys(
+        ("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"),
+        constant,
+    ),
     "conv2d": conv2d, "linear": linear, "batch_norm": batch_norm, "avg_pool2d": avg_pool2d, "adaptive_avg_pool2d": adaptive_avg_pool2d,
-    "mean": mean, "interpolate": interpolate, "upsample": interpolate, "pad": pad, "amax": amax, "local_response_norm": lrn,
-    "threshold": threshold, "hardtanh": hardtanh, "gt": greater, "where": where, "leaky_relu": leaky_relu, "prelu": prelu,
+    "mean": mean, "sum": total, "interpolate": interpolate, "upsample": interpolate, "pad": pad, "amax": amax, "local_response_norm": lrn,
+    "threshold": threshold, "hardtanh": hardtanh, "where": where, "leaky_relu": leaky_relu, "prelu": prelu,
     "add": add, "sub": sub, "rsub": rsub, "mul": mul, "div": div,
 }  # fmt: skip

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -24,13 +24,13 @@ Policy = Mapping[str, str]
 class Meaning:
     """What a tensor of the model's run stands for.
 
-    layout "map": [N, C, H, W] of ``node``; "vector": [N, F]; "split": [N, *channels.shape, H, W], channels of ``node`` picked and
-    arranged by index; "cells": [N, C, H*W]; "positive": the mask node > 0; "stale": overwritten through another view.
+    layout "map": [N, C, H, W] of ``node``; "vector": [N, F]; "view": [N, *cells.shape], any arrangement of the node's cells, which are
+    numbered in row-major order of (channel, y, x); "positive": the mask node > 0; "stale": overwritten through another view.
     """
 
     node: int
     layout: str = "map"
-    channels: np.ndarray | None = None
+    cells: Tensor | None = None
 
 
 class Recorder(TorchFunctionMode):
@@ -79,14 +79,42 @@ class Recorder(TorchFunctionMode):
             raise UnsupportedOperatorError(f"{self.here}: {what} is no map [N, C, H, W] (shape {tuple(tensor.shape)})")
         return self.graph[found.node]
 
-    def select(self, node: Node, channels: np.ndarray) -> Node | Meaning:
-        """``channels`` of ``node`` in that order: a node of its own, or a "split" view while they have several dimensions."""
-        if channels.ndim != 1:
-            return Meaning(node.index, "split", channels)
-        if np.array_equal(channels, np.arange(node.shape[0])):
+    def flat_of(self, tensor: Any) -> Node:
+        """The same for an element-wise reader, which also takes views [N, ..., H, W] that split the channels into several dimensions."""
+        found = self.meaning(tensor)
+        if found is None or found.layout != "view":
+            return self.map_of(tensor)
+        assert found.cells is not None
+        node = self.graph[found.node]
+        height, width = node.size
+        area = height * width
+        corners = found.cells.reshape(-1) if area == 1 else found.cells.reshape(-1, area)[:, 0]
+        whole = corners[:, None] + torch.arange(area)
+        if area > 1 and tuple(found.cells.shape[-2:]) != (height, width) or not torch.equal(whole.reshape(-1), found.cells.reshape(-1)):
+            raise UnsupportedOperatorError(f"{self.here}: no rule for a tensor of shape {tuple(tensor.shape)} that mixes channels and space")
+        return self.select(node, corners // area)
+
+    def cells_of(self, meaning: Meaning, shape: tuple[int, ...]) -> Tensor:
+        """Cell numbers of a tensor [N, *shape]."""
+        if meaning.cells is not None:
+            return meaning.cells
+        node = self.graph[meaning.node]
+        numbers = torch.arange(node.shape[0] * node.size[0] * node.size[1])
+        return numbers.reshape(shape) if numbers.numel() == math.prod(shape) else numbers.reshape(node.shape).expand(shape)
+
+    def select(self, node: Node, channels: Tensor) -> Node:
+        """``channels`` of ``node`` in that order (-1: a channel of zeros)."""
+        if torch.equal(channels, torch.arange(node.shape[0])):
             return node
-        op = SelectChannels(torch.from_numpy(channels.copy()).to(self._device), node.shape[0])
-        return self.emit(op, (node,), (len(channels), *node.size), node.vector)
+        return self.emit(SelectChannels(channels.to(self.device), node.shape[0]), (node,), (len(channels), *node.size), node.vector)
+
+    def without_meaning(self, tree: Any) -> Any:
+        """Arguments of a call that moves cells; tensors among them stand for their shapes alone, or are constants."""
+        if isinstance(tree, Tensor):
+            return torch.empty(tree.shape, dtype=torch.int64) if self.meaning(tree) is not None else tree.cpu()
+        if isinstance(tree, (tuple, list)):
+            return type(tree)(self.without_meaning(value) for value in tree)
+        return {k: self.without_meaning(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
 
     def emit(self, op: Operator, inputs: Iterable[Node], shape: tuple[int, int, int], vector: bool = False) -> Node:
         """Add a node, named after the innermost module call and the torch function."""
@@ -109,7 +137,8 @@ class Recorder(TorchFunctionMode):
     # --- watching ----------------------------------------------------------------------------------------------------
 
     _function = "input"
-    _device = torch.device("cpu")
+    function: Callable[..., Any] = torch.relu  # the torch function of the call in progress
+    device = torch.device("cpu")
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -120,7 +149,8 @@ class Recorder(TorchFunctionMode):
         name = _name(func)
         before = self._function
         self._function = name.strip("_")
-        self._device = known[0].device
+        self.device = known[0].device
+        self.function = func
         try:
             if name in _LEAKS:
                 raise UnsupportedOperatorError(
@@ -247,7 +277,7 @@ _LEAKS = frozenset({"item", "tolist", "numpy", "__bool__", "__float__", "__int__
 _DUNDERS = {
     "__radd__": "add", "__rmul__": "mul", "__rsub__": "rsub", "__sub__": "sub", "__isub__": "sub", "__add__": "add", "__mul__": "mul",
     "__iadd__": "add", "__imul__": "mul", "__truediv__": "div", "__itruediv__": "div", "true_divide": "div", "multiply": "mul",
-    "subtract": "sub", "concat": "cat", "concatenate": "cat", "__gt__": "gt", "greater": "gt", "divide": "div",
+    "subtract": "sub", "concat": "cat", "concatenate": "cat", "__gt__": "gt", "greater": "gt", "__ge__": "ge", "greater_equal": "ge", "divide": "div",
 }  # fmt: skip
 
 
