@@ -18,7 +18,7 @@ from conelens import ops
 from conelens.cone import ConePlan, Edge
 from conelens.errors import ArgumentError
 from conelens.graph import Graph
-from conelens.operators import Conv2d, Linear, MaxPool2d, Offset, Pad, Pair, Rectify, Step, inside
+from conelens.operators import Affine, Conv2d, Linear, MaxPool2d, Offset, Pad, Pair, Rectify, Step, inside
 
 Observer = Callable[[int, Tensor], None]
 
@@ -64,33 +64,45 @@ def _gather(x: Tensor, offset: np.ndarray, size: Pair, fill: float, rows: Tensor
 
 @dataclass(frozen=True)
 class Schedule:
-    """What is known before a forward pass: the order, and which tensors may be overwritten, fused or dropped."""
+    """What is known before a pass: the order, and which nodes are fused into others, overwritten or dropped."""
 
     order: list[int]
-    fused: set[int]  # ReLUs that only max pools read: the pooling kernel rectifies
+    passed: set[int]  # done by a neighbour: ReLUs that only max pools read, affine maps folded into their convolution
+    rectified: set[int]  # max pools that rectify their input
+    folded: dict[int, Conv2d]  # convolutions that do the affine map behind them
     in_place: set[int]  # ReLUs that may overwrite a fresh tensor nobody else reads
     last_reads: dict[int, list[int]]  # node → the values that nobody reads after it
 
 
-def _schedule(graph: Graph, targets: tuple[int, ...], observed: bool) -> Schedule:
+def schedule(graph: Graph, targets: tuple[int, ...], observed: bool = False) -> Schedule:
+    """The schedule of a pass to ``targets``, made once per graph; ``observed`` passes keep every pool's own input."""
+
     def make() -> Schedule:
-        order, readers = graph.ancestors(targets), graph.consumers(targets)
-        fused, in_place = set(), set()
-        last_reads: dict[int, list[int]] = {index: [] for index in order}
+        readers = graph.consumers(targets)
+        made = Schedule(graph.ancestors(targets), set(), set(), {}, set(), {index: [] for index in readers})
         for index, consumers in readers.items():
             if consumers and index not in targets:
-                last_reads[max(consumers)].append(index)
-            if not isinstance(graph[index].op, Rectify):
-                continue
-            (source,) = graph[index].inputs
-            pools_only = bool(consumers) and all(isinstance(graph[c].op, MaxPool2d) for c in consumers)
-            if pools_only and index not in targets and not observed:
-                fused.add(index)
-            elif isinstance(graph[source].op, Conv2d) and len(readers[source]) == 1 and source not in targets:
-                in_place.add(index)
-        return Schedule(order, fused, in_place, last_reads)
+                made.last_reads[max(consumers)].append(index)
+            op = graph[index].op
+            private = index not in targets and len(consumers) == 1
+            if isinstance(op, Conv2d) and private and isinstance(affine := graph[consumers[0]].op, Affine):
+                made.folded[index] = op.folded(affine)
+                made.passed.add(consumers[0])
+            elif isinstance(op, Rectify) and not observed and index not in targets and _only_pools(graph, consumers):
+                made.passed.add(index)
+                made.rectified.update(consumers)
+            elif isinstance(op, Rectify):
+                (source,) = graph[index].inputs
+                fresh = isinstance(graph[source].op, Conv2d) or source in made.passed
+                if fresh and len(readers[source]) == 1 and source not in targets:
+                    made.in_place.add(index)
+        return made
 
     return graph.remember(("schedule", targets, observed), make)
+
+
+def _only_pools(graph: Graph, consumers: list[int]) -> bool:
+    return bool(consumers) and all(isinstance(graph[c].op, MaxPool2d) for c in consumers)
 
 
 def forward_whole(
@@ -105,27 +117,27 @@ def forward_whole(
 
     ``observe(node, input map)`` sees every max pool's input and every map that a gradient rule or a gate has to remember.
     """  # fmt: skip
-    schedule = _schedule(graph, targets, observe is not None)
+    todo = schedule(graph, targets, observe is not None)
     values: dict[int, Tensor] = {}
-    for index in schedule.order:
-        node, op = graph[index], graph[index].op
+    for index in todo.order:
+        node, op = graph[index], todo.folded.get(index, graph[index].op)
         inputs = [values[i] for i in node.inputs]
         if not node.inputs:
             value = _finite(images)
-        elif index in schedule.fused:
+        elif index in todo.passed:
             value = inputs[0]
         elif isinstance(op, MaxPool2d):
-            value, chosen = op.pool(inputs[0], True, relu=node.inputs[0] in schedule.fused)
+            value, chosen = op.pool(inputs[0], True, relu=index in todo.rectified)
             if switches is not None:
                 switches[index] = chosen
-        elif index in schedule.in_place:
+        elif index in todo.in_place:
             value = torch.relu_(inputs[0])
         else:
             value = op.forward(inputs, None)
         if observe is not None and inputs:
             observe(index, inputs[-1])
         values[index] = value
-        for source in schedule.last_reads[index]:
+        for source in todo.last_reads[index]:
             del values[source]
     return {target: values[target] for target in targets}
 
@@ -134,16 +146,17 @@ def forward_cone(
     graph: Graph, plan: ConePlan, images: Tensor, rows: Tensor | None, *, observe: Observer | None = None
 ) -> tuple[Tensor, dict[int, Step]]:
     """Forward pass on the windows of ``plan``; returns the target's [U, C, 1, 1] and the steps the top-down pass needs."""
-    schedule = _schedule(graph, (plan.target,), observe is not None)
+    todo = schedule(graph, (plan.target,), observe is not None)
     values: dict[int, Tensor] = {}
     steps: dict[int, Step] = {}
     for index in plan.order:
-        node, op, place, edges = graph[index], graph[index].op, plan.places[index], plan.edges[index]
+        node, op = graph[index], todo.folded.get(index, graph[index].op)
+        place, edges = plan.places[index], plan.edges[index]
         if not node.inputs:
             values[index] = _finite(take(images, place.origin, place.size, rows=rows))
             continue
         steps[index] = step = Step([edge.place for edge in edges], place)
-        rectify = node.inputs[0] in schedule.fused
+        rectify = index in todo.rectified
         inputs = []
         for source, edge in zip(node.inputs, edges, strict=True):
             x = values[source]
@@ -155,20 +168,20 @@ def forward_cone(
                 if plan.hangs[source]:
                     x = x.masked_fill(~inside(plan.places[source], graph[source].size, x.device), op.outside)
             inputs.append(take(x, edge.offset, edge.place.size, op.outside))
-        if index in schedule.fused:
+        if index in todo.passed:
             value = inputs[0]
         elif isinstance(op, MaxPool2d):
             value, step.memo["switches"] = op.pool(inputs[0], False, relu=rectify)
-        elif index in schedule.in_place:
+        elif index in todo.in_place:
             value = torch.relu_(inputs[0])
         else:
             value = op.forward(inputs, step)
-        if plan.hangs[index] and not op.keeps_zero:
+        if plan.hangs[index] and not op.keeps_zero and index not in todo.passed:
             value = value.masked_fill(~inside(place, node.size, value.device), 0.0)
         if observe is not None:
             observe(index, inputs[-1])
         values[index] = value
-        for source in schedule.last_reads[index]:
+        for source in todo.last_reads[index]:
             del values[source]
     return values[plan.target], steps
 
@@ -249,6 +262,7 @@ def topdown(graph: Graph, plan: ConePlan, steps: dict[int, Step], values: Tensor
     seed = values.new_zeros((len(values), graph[plan.target].shape[0], 1, 1))
     seed[torch.arange(len(values), device=values.device), channels, 0, 0] = values
     signals: dict[int, Signal] = {plan.target: Signal(seed, channels)}
+    todo = schedule(graph, (plan.target,))
     for index in reversed(plan.order):
         signal = signals.pop(index, None)
         node = graph[index]
@@ -256,7 +270,7 @@ def topdown(graph: Graph, plan: ConePlan, steps: dict[int, Step], values: Tensor
             continue
         if not node.inputs:
             return signal.settle()
-        sent = _send(graph, plan, index, signal, steps[index])
+        sent = _send(graph, plan, index, signal, steps[index], todo)
         for source, part in zip(node.inputs, sent, strict=True):
             if part is None:
                 continue
@@ -275,9 +289,13 @@ def _place(data: Tensor, edge: Edge, held: Pair) -> Tensor:
     return take(data, back, held)
 
 
-def _send(graph: Graph, plan: ConePlan, index: int, signal: Signal, step: Step) -> list[Signal | None]:
+def _send(
+    graph: Graph, plan: ConePlan, index: int, signal: Signal, step: Step, todo: Schedule
+) -> list[Signal | None]:
     """Signals for the inputs of one node, on the windows held for them."""
-    op, edges = graph[index].op, plan.edges[index]
+    op, edges = todo.folded.get(index, graph[index].op), plan.edges[index]
+    if isinstance(op, Affine) and index in todo.passed:
+        return [signal]  # its factor is in the filters below
     held = [plan.places[source].size for source in graph[index].inputs]
     trimmed = isinstance(edges[0].offset, tuple) and max(edges[0].offset) <= 0
     if isinstance(op, Rectify) and edges[0].offset == (0, 0) and held[0] == plan.places[index].size:

@@ -8,7 +8,7 @@ Every map is ``[U, C, H, W]``; a vector of F features is a map ``[U, F, 1, 1]``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -141,6 +141,17 @@ class Conv2d(Operator):
             else:
                 x = F.pad(x, (left, right, top, bottom))
         return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+
+    def folded(self, affine: Affine) -> Conv2d:
+        """This convolution with the affine map of its output (batch norm) in its own weights."""
+        weight, bias = self.weight.double(), None if self.bias is None else self.bias.double()
+        if affine.factor is not None:
+            weight = weight * affine.factor.double()[:, None, None, None]
+            bias = None if bias is None else bias * affine.factor.double()
+        if affine.shift is not None:
+            bias = affine.shift.double() if bias is None else bias + affine.shift.double()
+        dtype = self.weight.dtype
+        return replace(self, weight=weight.to(dtype), bias=None if bias is None else bias.to(dtype))
 
     def project_unit(self, values: Tensor, channels: Tensor) -> Tensor:
         """Top-down signal of single units: ``values`` [U] at ``channels`` [U] of a 1x1 window → [U, Ci, span, span]."""
