@@ -6,7 +6,7 @@ One kernel sequence per layer whatever the number of units: windows of all units
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -69,7 +69,7 @@ class Schedule:
     order: list[int]
     passed: set[int]  # done by a neighbour: ReLUs that only max pools read, affine maps folded into their convolution
     rectified: set[int]  # max pools that rectify their input
-    folded: dict[int, Conv2d]  # convolutions that do the affine map behind them
+    ready: dict[int, Conv2d]  # convolutions as they run: filters laid out for the device, the affine map behind folded in
     in_place: set[int]  # ReLUs that may overwrite a fresh tensor nobody else reads
     last_reads: dict[int, list[int]]  # node → the values that nobody reads after it
 
@@ -85,9 +85,10 @@ def schedule(graph: Graph, targets: tuple[int, ...], observed: bool = False) -> 
                 made.last_reads[max(consumers)].append(index)
             op = graph[index].op
             private = index not in targets and len(consumers) == 1
-            if isinstance(op, Conv2d) and private and isinstance(affine := graph[consumers[0]].op, Affine):
-                made.folded[index] = op.folded(affine)
-                made.passed.add(consumers[0])
+            if isinstance(op, Conv2d):
+                folds = private and isinstance(graph[consumers[0]].op, Affine)
+                made.ready[index] = _prepared(graph, index, consumers[0] if folds else None)
+                made.passed.update(consumers if folds else ())
             elif isinstance(op, Rectify) and not observed and index not in targets and _only_pools(graph, consumers):
                 made.passed.add(index)
                 made.rectified.update(consumers)
@@ -99,6 +100,21 @@ def schedule(graph: Graph, targets: tuple[int, ...], observed: bool = False) -> 
         return made
 
     return graph.remember(("schedule", targets, observed), make)
+
+
+def _prepared(graph: Graph, index: int, affine: int | None) -> Conv2d:
+    """The convolution ready to run. On CPUs oneDNN wants channels_last filters, or reorders them on every call."""
+
+    def make() -> Conv2d:
+        op, behind = graph[index].op, None if affine is None else graph[affine].op
+        assert isinstance(op, Conv2d)
+        if isinstance(behind, Affine):
+            op = op.folded(behind)
+        if op.weight.device.type == "cpu" and op.weight.dtype != torch.float64:
+            op = replace(op, weight=op.weight.contiguous(memory_format=torch.channels_last))
+        return op
+
+    return graph.remember(("filters", index, affine), make)
 
 
 def _only_pools(graph: Graph, consumers: list[int]) -> bool:
@@ -120,7 +136,7 @@ def forward_whole(
     todo = schedule(graph, targets, observe is not None)
     values: dict[int, Tensor] = {}
     for index in todo.order:
-        node, op = graph[index], todo.folded.get(index, graph[index].op)
+        node, op = graph[index], todo.ready.get(index, graph[index].op)
         inputs = [values[i] for i in node.inputs]
         if not node.inputs:
             value = _finite(images)
@@ -150,7 +166,7 @@ def forward_cone(
     values: dict[int, Tensor] = {}
     steps: dict[int, Step] = {}
     for index in plan.order:
-        node, op = graph[index], todo.folded.get(index, graph[index].op)
+        node, op = graph[index], todo.ready.get(index, graph[index].op)
         place, edges = plan.places[index], plan.edges[index]
         if not node.inputs:
             values[index] = _finite(take(images, place.origin, place.size, rows=rows))
@@ -293,7 +309,7 @@ def _send(
     graph: Graph, plan: ConePlan, index: int, signal: Signal, step: Step, todo: Schedule
 ) -> list[Signal | None]:
     """Signals for the inputs of one node, on the windows held for them."""
-    op, edges = todo.folded.get(index, graph[index].op), plan.edges[index]
+    op, edges = todo.ready.get(index, graph[index].op), plan.edges[index]
     if isinstance(op, Affine) and index in todo.passed:
         return [signal]  # its factor is in the filters below
     held = [plan.places[source].size for source in graph[index].inputs]
