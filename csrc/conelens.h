@@ -4,6 +4,7 @@
 #ifndef CONELENS_H
 #define CONELENS_H
 
+#include "channel_peaks.h"
 #include "deconv2d.h"
 #include "max_pool2d_with_switches.h"
 #include "max_unpool2d.h"
@@ -15,6 +16,7 @@ extern "C" {
 
 CONELENS_API const char* conelens_error_string(int code);
 
+CONELENS_API int conelens_channel_peaks_cpu(const conelens_channel_peaks_params* params, int threads);
 CONELENS_API int conelens_deconv2d_cpu(const conelens_deconv2d_params* params, int threads);
 CONELENS_API int conelens_max_pool2d_with_switches_cpu(const conelens_max_pool2d_params* params, int threads);
 CONELENS_API int conelens_max_unpool2d_cpu(const conelens_max_unpool2d_params* params, int threads);

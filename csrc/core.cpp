@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "channel_peaks/bind.h"
 #include "conelens.h"
 #include "deconv2d/bind.h"
 #include "isa.h"
@@ -50,6 +51,7 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   m.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"));
   m.attr("openmp") = bool(CONELENS_OPENMP);
 
+  register_channel_peaks<Cpu>(m, conelens_channel_peaks_cpu);
   register_deconv2d<Cpu>(m, conelens_deconv2d_cpu);
   register_max_pool2d_with_switches<Cpu>(m, conelens_max_pool2d_with_switches_cpu);
   register_max_unpool2d<Cpu>(m, conelens_max_unpool2d_cpu, conelens_max_unpool2d_backward_cpu);

@@ -35,6 +35,7 @@
   }
 #endif
 
+CONELENS_CPU_LAUNCHER(channel_peaks, conelens_channel_peaks_params)
 CONELENS_CPU_LAUNCHER(deconv2d, conelens_deconv2d_params)
 CONELENS_CPU_LAUNCHER(max_pool2d_with_switches, conelens_max_pool2d_params)
 CONELENS_CPU_LAUNCHER(max_unpool2d, conelens_max_unpool2d_params)

@@ -4,20 +4,11 @@
 
 #include <cstdint>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "simd.h"
 
 namespace conelens {
 namespace {  // internal linkage: each ISA's objects keep their own copy
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
 constexpr int kSums = 12;  // vectors of sums that stay in registers
 
 template <class T>
