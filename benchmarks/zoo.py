@@ -45,8 +45,8 @@ OTHER_TASKS = re.compile(  # segmentation, detection, pose, speech, small images
 )
 # A sample for tests: fast and unlike each other.
 VARIED = (
-    "squeezenet_v1_1", "resnet10", "shufflenetv2_wd2", "mobilenetv2_wd4", "mobilenetv3_small_w7d20", "seresnet10", "igcv3_wd4", "preresnet10",
-    "diracnet18v2", "sqnxt23_w1", "menet108_8x1_g3", "efficientnet_b0", "peleenet", "darknet_tiny", "vovnet27s", "octresnet10_ad2",
+    "squeezenet_v1_1", "resnet10", "shufflenetv2_wd2", "mobilenetv2_wd4", "mobilenetv3_small_w7d20", "seresnet10", "preresnet10", "diaresnet10",
+    "sqnxt23_w1", "menet108_8x1_g3", "darknet_tiny", "octresnet10_ad2", "igcv3_wd4", "bninception",
 )  # fmt: skip
 
 
@@ -154,7 +154,8 @@ def _centre(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     (x,) = inputs
     dims = (0, *range(2, x.ndim))
     norm.running_mean = x.mean(dims) + 0.1 * torch.randn(x.shape[1], dtype=x.dtype) * x.std(dims, correction=0)
-    norm.running_var = x.var(dims, correction=0) * torch.empty(x.shape[1], dtype=x.dtype).uniform_(0.7, 1.4) + 1e-3
+    spread = x.var(dims, correction=0)  # a channel that hardly varies is not blown up: it would only amplify rounding
+    norm.running_var = spread * torch.empty(x.shape[1], dtype=x.dtype).uniform_(0.7, 1.4) + 0.1 * spread.mean() + 1e-3
     if norm.affine:
         norm.weight.uniform_(0.6, 1.4).mul_(torch.where(torch.rand(x.shape[1]) < 0.8, 1.0, -1.0))
         norm.bias.normal_(0, 0.3)
