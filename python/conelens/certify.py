@@ -62,10 +62,11 @@ class TieProbe:
 
 
 def near_ties(x: Tensor, op: MaxPool2d, switches: Tensor) -> tuple[Tensor, Tensor]:
-    """(near [U, C, h, w] bool, tap of the runner-up) for pooling windows ``x`` that need no padding.
+    """(near [U, C, h, w] bool, tap of the runner-up) for pooling windows ``x`` [U, C, H, W] that need no padding.
 
-    Near: the two best values of a window lie within 8 units in the last place of the larger. Windows whose best value is not
-    positive count as well; what they send on is decided by the same rule in every route, so an exact tie at zero does not.
+    Near: the two best values of a window lie within 8 units in the last place of the largest value that the unit's cone
+    holds in this layer. That is the scale at which the sums behind all of them were rounded; a value that is small because its sum
+    cancelled is no more exact. An exact tie at zero is none: both are rectified, and every route takes the first tap.
     """
     taps = []
     height, width = switches.shape[2:]
@@ -84,6 +85,7 @@ def near_ties(x: Tensor, op: MaxPool2d, switches: Tensor) -> tuple[Tensor, Tenso
     best = stacked.gather(0, switches.long()[None])[0]
     rest = stacked.scatter(0, switches.long()[None], -float("inf"))
     second, tap = rest.max(0)
-    ulp = torch.finfo(x.dtype).eps * best.abs()
+    scale = x.masked_fill(x.isinf(), 0.0).abs().flatten(1).amax(1)
+    ulp = torch.finfo(x.dtype).eps * scale[:, None, None, None]
     near = (best - second <= ULPS * ulp) & ~((best == 0) & (second == 0))
     return near, tap

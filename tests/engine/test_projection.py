@@ -204,7 +204,7 @@ def planted(gap: float) -> tuple[nn.Sequential, Tensor]:
     image[0, 0, 0, 0], image[0, 0, 1, 1], image[0, 0, 2:, 2:] = (
         1.0,
         1.0 - gap,
-        torch.tensor([[5.0, 1.0], [2.0, 3.0]]),
+        torch.tensor([[0.5, 0.1], [0.2, 0.3]]),
     )
     return model, image
 
