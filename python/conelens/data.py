@@ -1,7 +1,7 @@
 """Images from folders: found, opened with care, cut into tiles, and turned into network input.
 
-A file that does not decode is named, skipped and counted; the rest of the job goes on. Order is that of the sorted paths,
-with any number of decoding threads.
+A file that does not decode is named, skipped and counted; the rest of the job goes on. Order is that of the
+sorted paths, with any number of decoding threads.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ _EXIF_ORIENTATION = 0x0112
 _open_lock = threading.Lock()
 
 
-# --------------------------------------------------------------------------------------------------------- one image
+# -------------------------------------------------------------------------------------------------- one image
 def load_image(path: str | Path) -> Image.Image:
     """The image as 8-bit RGB, upright.
 
-    Animations give their first frame; transparent pixels are laid on white; CMYK, palette and grey pictures become RGB; 16-bit
-    pictures keep their upper 8 bits; the EXIF orientation is applied; colour profiles are not.
+    Animations give their first frame; transparent pixels are laid on white; CMYK, palette and grey pictures
+    become RGB; 16-bit pictures keep their upper 8 bits; the EXIF orientation is applied; colour profiles
+    are not.
 
     Raises:
         DataError: the file is missing, no image, truncated, or holds more pixels than Pillow allows.
@@ -96,14 +97,14 @@ def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
     return image.convert("RGB")
 
 
-# ----------------------------------------------------------------------------------------------------- network input
+# ---------------------------------------------------------------------------------------------- network input
 @dataclass(frozen=True)
 class Preprocess:
     """How an RGB image becomes network input: geometry, then `(value * scale - mean) / std` per channel.
 
-    fit "crop" scales the short side to `short_side` (default: size * 256 / 224) and cuts the centre; "letterbox" scales the whole
-    image into the frame and pads with the mean colour (zero as network input); "stretch" ignores the aspect; "none" keeps the
-    image as it is.
+    fit "crop" scales the short side to `short_side` (default: size * 256 / 224) and cuts the centre;
+    "letterbox" scales the whole image into the frame and pads with the mean colour (zero as network input);
+    "stretch" ignores the aspect; "none" keeps the image as it is.
     """
 
     size: tuple[int, int] = (224, 224)
@@ -167,7 +168,7 @@ def _scaled(image: Image.Image, ratio: float) -> tuple[int, int]:
     return max(1, round(image.width * ratio)), max(1, round(image.height * ratio))
 
 
-# -------------------------------------------------------------------------------------------------------- data sets
+# -------------------------------------------------------------------------------------------------- data sets
 class ImageDataset(Protocol):
     """Anything with a length whose items are network input [C,H,W]; an unreadable item raises DataError."""
 
@@ -179,8 +180,8 @@ class ImageDataset(Protocol):
 class ImageFolder:
     """The images below a folder (or a list of files), decoded when asked for.
 
-    Files are taken by their suffix, others by their first bytes, so that `notes.txt` is passed over silently while a
-    `photo.jpg` that is no image is named when it is read. Hidden files and folders are passed over.
+    Files are taken by their suffix, others by their first bytes, so that `notes.txt` is passed over silently
+    while a `photo.jpg` that is no image is named when it is read. Hidden files and folders are passed over.
     """
 
     def __init__(self, source: str | Path | Sequence[str | Path], preprocess: Preprocess) -> None:
@@ -201,6 +202,10 @@ class ImageFolder:
         """The file name, for pictures and messages."""
         return self.paths[index].name
 
+    def source(self, index: int) -> Path:
+        """The file of an item."""
+        return self.paths[index]
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -218,8 +223,8 @@ class TiledFolder:
     Args:
         source: folder, or list of files.
         preprocess: input recipe; a tile is always stretched (square to `preprocess.size`).
-        scales: sides of the squares as fractions of the short side, each in (0, 1]. Neighbouring squares of a scale overlap by
-            up to half, spread evenly so that the whole image is covered.
+        scales: sides of the squares as fractions of the short side, each in (0, 1]. Neighbouring squares of
+            a scale overlap by less than half and are spread evenly, so that the whole image is covered.
         smallest: squares of fewer pixels a side are left out, except at the first scale.
 
     `problems` names the files whose header could not be read.
@@ -272,6 +277,10 @@ class TiledFolder:
         """The file name and the tile's place in it."""
         tile = self.tiles[index]
         return f"{tile.path.name} [{tile.top}, {tile.left}, {tile.side}]"
+
+    def source(self, index: int) -> Path:
+        """The file that a tile was cut from."""
+        return self.tiles[index].path
 
     def _image(self, path: Path) -> Image.Image:
         # neighbouring tiles come from one file: a few decoded images are kept
@@ -336,7 +345,7 @@ def _looks_like_image(path: Path) -> bool:
     return head.startswith(_MAGIC) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
 
 
-# ---------------------------------------------------------------------------------------------------------- batches
+# ---------------------------------------------------------------------------------------------------- batches
 @dataclass(frozen=True)
 class Batch:
     """Items of a data set that could be read: `images` [n,C,H,W] float32 and their `indices`, ascending."""
@@ -351,10 +360,11 @@ def iter_batches(
     threads: int = 2,
     on_problem: Callable[[int, DataError], None] | None = None,
 ) -> Iterator[Batch]:
-    """The data set in order, decoded ahead by `threads` threads (0: in this one); the result does not depend on them.
+    """The data set in order, decoded ahead by `threads` threads (0: in this one); the result does not depend
+    on them.
 
-    An item that raises DataError is reported to `on_problem(index, error)` and left out of its batch; without a callback it is
-    raised. Batches that lose all their items are left out.
+    An item that raises DataError is reported to `on_problem(index, error)` and left out of its batch;
+    without a callback it is raised. Batches that lose all their items are left out.
     """
     if batch_size < 1:
         raise ArgumentError(f"batch_size is {batch_size}, wanted at least 1")

@@ -1,6 +1,7 @@
 """Files that ship with conelens: SqueezeNet 1.1, the ImageNet class names, and freely licensed photographs.
 
-Licences: `squeezenet1_1/LICENSE` (BSD 2-clause) and `photographs/NOTICE.md` (source, author and licence of each picture).
+Licences: `squeezenet1_1/LICENSE` (BSD 2-clause) and `photographs/NOTICE.md` (source, author and licence of
+    each picture).
 """
 
 from __future__ import annotations

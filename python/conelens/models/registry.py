@@ -1,4 +1,4 @@
-"""From a name on the command line to a model with its input recipe: built-in names and `package.module:factory`."""
+"""From a name to a model with its input recipe: built-in names and `package.module:factory`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import nn
 
 from conelens.assets import imagenet_classes, squeezenet_weights
 from conelens.data import Preprocess
-from conelens.errors import ArgumentError, CheckpointError
+from conelens.errors import ArgumentError
+from conelens.models.squeezenet import LAYER_NAMES as SQUEEZENET_LAYERS
 from conelens.models.squeezenet import SqueezeNet11
 from conelens.models.trunks import alexnet_features, vgg16_features
 from conelens.models.weights import load_weights
@@ -23,12 +24,16 @@ IMAGENET = Preprocess(scale=1 / 255, mean=(0.485, 0.456, 0.406), std=(0.229, 0.2
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode, the recipe of its input, and class names when it classifies."""
+    """A model in evaluation mode, the recipe of its input, class names when it classifies.
+
+    `layer_names` are further names for its modules, as the literature has them: {"fire6": "features.9"}.
+    """
 
     name: str
     module: nn.Module
     preprocess: Preprocess
     classes: tuple[str, ...] = ()
+    layer_names: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class BuiltIn:
     note: str
     weights: Path | None = None
     classes: Callable[[], tuple[str, ...]] = field(default=tuple)
+    layer_names: dict[str, str] = field(default_factory=dict)
 
 
 BUILT_IN: dict[str, BuiltIn] = {
@@ -49,6 +55,7 @@ BUILT_IN: dict[str, BuiltIn] = {
         "SqueezeNet 1.1 ImageNet classifier, weights included",
         squeezenet_weights(),
         imagenet_classes,
+        SQUEEZENET_LAYERS,
     ),
     "vgg16": BuiltIn(vgg16_features, IMAGENET, "VGG-16 trunk (no classifier); give --weights"),
     "alexnet": BuiltIn(alexnet_features, IMAGENET, "AlexNet trunk (no classifier); give --weights"),
@@ -61,24 +68,29 @@ def load_model(
     """Build a model by name, fill it, and return it in evaluation mode on the CPU.
 
     Args:
-        name: a key of `BUILT_IN`, or `package.module:factory` naming a callable without arguments that returns an
+        name: a key of `BUILT_IN`, or `package.module:factory` naming a callable without arguments that
+            returns an
             `nn.Module` (the working directory is importable).
         weights: safetensors file or `weights_only` state dict. A built-in without shipped weights needs it.
-        preprocess: replaces the built-in input recipe. Default for a factory: torchvision's ImageNet recipe at 224.
+        preprocess: replaces the built-in input recipe. Default for a factory: torchvision's ImageNet recipe
+            at 224.
 
     Raises:
-        ArgumentError: unknown name, a factory that cannot be imported or returns something else.
-        CheckpointError: weights that are missing, unsafe or do not fit.
+        ArgumentError: unknown name, weights not given where none ship, a factory that cannot be imported or
+            returns something else.
+        CheckpointError: a weight file that is missing, unsafe or do not fit.
     """
     if ":" in name:
         module = _from_factory(name)
-        recipe, classes, file = IMAGENET, (), None
+        layer_names: dict[str, str] = {}
+        recipe, file = IMAGENET, None
+        classes: tuple[str, ...] = ()
     elif name in BUILT_IN:
         entry = BUILT_IN[name]
         module, recipe, file = entry.build(), entry.preprocess, entry.weights
-        classes = entry.classes()
+        classes, layer_names = entry.classes(), entry.layer_names
         if weights is None and file is None:
-            raise CheckpointError(
+            raise ArgumentError(
                 f"the weights of {name} do not ship with conelens: give --weights FILE "
                 "(safetensors or a state dict with torchvision's names features.N.weight)"
             )
@@ -86,12 +98,12 @@ def load_model(
         close = difflib.get_close_matches(name, BUILT_IN, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise ArgumentError(
-            f"unknown model {name!r}: built in are {', '.join(BUILT_IN)}, or give package.module:factory{hint}"
+            f"unknown model {name!r}: wanted {', '.join(BUILT_IN)} or package.module:factory{hint}"
         )
     chosen = weights if weights is not None else file
     if chosen is not None:
         load_weights(module, chosen)
-    return LoadedModel(name, module.eval(), preprocess or recipe, classes)
+    return LoadedModel(name, module.eval(), preprocess or recipe, classes, layer_names)
 
 
 def _from_factory(name: str) -> nn.Module:

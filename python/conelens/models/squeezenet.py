@@ -5,6 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+# the paper's names for the modules
+LAYER_NAMES = {
+    "conv1": "features.0",
+    "pool1": "features.2",
+    "fire2": "features.3",
+    "fire3": "features.4",
+    "pool3": "features.5",
+    "fire4": "features.6",
+    "fire5": "features.7",
+    "pool5": "features.8",
+    "fire6": "features.9",
+    "fire7": "features.10",
+    "fire8": "features.11",
+    "fire9": "features.12",
+    "conv10": "classifier.1",
+}
+
 
 class Fire(nn.Module):
     """Squeeze to few channels by 1x1, expand by 1x1 and 3x3 side by side, concatenate."""

@@ -1,4 +1,4 @@
-"""Convolutional trunks of VGG-16 and AlexNet with torchvision's parameter names, without their classifiers."""
+"""Convolutional trunks of VGG-16 and AlexNet with torchvision's parameter names, no classifiers."""
 
 from __future__ import annotations
 

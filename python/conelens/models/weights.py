@@ -19,9 +19,9 @@ _HALF = (torch.float16, torch.bfloat16)
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a weight file by name, on the CPU, in the dtype of the file.
 
-    `.safetensors` is read by safetensors; anything else by `torch.load(weights_only=True)`, which builds tensors and
-    never calls what a pickle names. A state dict nested under `state_dict`, `model_state_dict`, `model` or `net` is found,
-    and a `module.` prefix (DataParallel) is dropped.
+    `.safetensors` is read by safetensors; anything else by `torch.load(weights_only=True)`, which builds
+    tensors and never calls what a pickle names. A state dict nested under `state_dict`, `model_state_dict`,
+    `model` or `net` is found, and a `module.` prefix (DataParallel) is dropped.
 
     Raises:
         CheckpointError: no such file, not a weight file, or a pickle that would have to run code.
@@ -86,7 +86,7 @@ def _read_torch(path: Path) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} is a pickle that names objects other than tensors, so that opening it could run code; refused. "
+            f"{path} is a pickle that names more than tensors, so that opening it could run code; refused. "
             "Save model.state_dict() with torch.save, or better as safetensors."
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -1,0 +1,5 @@
+"""`python -m conelens.cli`."""
+
+from conelens.cli import main
+
+main()

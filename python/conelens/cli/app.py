@@ -1,0 +1,151 @@
+"""The commands: layers, project, top, demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+import conelens
+from conelens.cli import console
+from conelens.cli.console import OUT, guarded, say
+
+app = typer.Typer(
+    name="conelens",
+    help="What the units of a convolutional network look at.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="squeezenet1_1, vgg16, alexnet, or package.module:factory.")]
+Weights = Annotated[
+    Path | None, typer.Option(help="safetensors file or state dict; pickles with code are refused.")
+]
+InputSize = Annotated[str | None, typer.Option(help="Network input, N or HxW. Default 224.")]
+Mean = Annotated[str | None, typer.Option(help="Subtracted per channel after --scale: one number or R,G,B.")]
+Std = Annotated[str | None, typer.Option(help="Divided by, per channel: one number or R,G,B.")]
+Scale = Annotated[
+    float | None, typer.Option(help="Pixels 0..255 are multiplied by this first, e.g. 0.00392157.")
+]
+Fit = Annotated[str | None, typer.Option(help="crop (default), letterbox or stretch.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda[:index].")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        OUT.print(f"conelens {conelens.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top_level(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@guarded
+def layers(
+    model: Model,
+    weights: Weights = None,
+    input_size: InputSize = None,
+    draw: Annotated[Path | None, typer.Option(help="Also draw the network: FILE.svg or FILE.png.")] = None,
+) -> None:
+    """List a network's layers: name, kind, shape, receptive field, stride, offset, other names."""
+    from conelens.cli.work import drawing, open_model
+
+    bench = open_model(model, weights, input_size, without_weights=True)
+    OUT.print(str(bench.net.layers()), markup=False)
+    if draw is not None:
+        drawing(bench, draw)
+        say(f"drawn: {draw}")
+
+
+@app.command()
+@guarded
+def project(
+    model: Model,
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    layer: Annotated[str, typer.Option(help="Layer name or alias (see `conelens layers`).")],
+    channel: Annotated[int, typer.Option(help="Channel of the layer.")],
+    position: Annotated[
+        str | None, typer.Option(help="y,x on the layer's map. Default: the channel's peak.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("conelens_project"),
+    weights: Weights = None,
+    input_size: InputSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    scale: Scale = None,
+    fit: Fit = None,
+    device: Device = "cpu",
+) -> None:
+    """Project one unit down to the pixels of each image."""
+    from conelens.cli.work import open_model, project_images
+
+    where = console.place(position)
+    bench = open_model(model, weights, input_size, mean, std, scale, fit, device)
+    result = project_images(bench, images, layer, channel, where)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("image", "activity", "position y,x", "box top,left,bottom,right"):
+        table.add_column(heading)
+    for row in result.rows:
+        table.add_row(*map(escape, row))
+    OUT.print(table)
+    say(f"written: {result.save(out)}")
+
+
+@app.command()
+@guarded
+def top(
+    model: Model,
+    folder: Annotated[Path, typer.Argument(help="Folder of images, searched deeply.")],
+    layers: Annotated[str, typer.Option(help="Layer names, with commas.")],
+    channels: Annotated[
+        str | None, typer.Option(help="Such as 3,17,20-25, or all. Default: 8 spread evenly.")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", help="Winners per channel.")] = 9,
+    out: Annotated[Path, typer.Option(help="Folder for report, pictures and table.")] = Path("conelens_top"),
+    distinct: Annotated[str, typer.Option(help="image: one winner per image; none: any place.")] = "image",
+    tiles: Annotated[
+        str | None, typer.Option(help="Cut images into squares at these scales, e.g. 1.0,0.5.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images per forward pass.")] = 16,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on from the table that an interrupted run left.")
+    ] = None,
+    weights: Weights = None,
+    input_size: InputSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    scale: Scale = None,
+    fit: Fit = None,
+    device: Device = "cpu",
+) -> None:
+    """Find the strongest units of each channel over a folder and project them."""
+    from conelens.cli.work import TopJob, open_model
+
+    bench = open_model(model, weights, input_size, mean, std, scale, fit, device)
+    job = TopJob.prepare(bench, folder, [n.strip() for n in layers.split(",")], channels, k, distinct, tiles)
+    table = job.search(out, batch_size, resume)
+    say(f"written: {job.write(table, out)}")
+
+
+@app.command()
+@guarded
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("demo_output"),
+    device: Device = "cpu",
+) -> None:
+    """Show SqueezeNet 1.1 on the bundled photographs; under a minute on two cores."""
+    from conelens.demo import run_demo
+
+    path = run_demo(out, lambda line: say(escape(line)), device)
+    OUT.print(str(path), markup=False)

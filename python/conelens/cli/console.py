@@ -1,0 +1,131 @@
+"""How the commands speak: one-line errors with exit codes, warnings as they come, a progress bar."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from conelens.errors import ArgumentError, ConelensError, LayerError
+
+OUT = Console(soft_wrap=True, highlight=False)
+ERR = Console(stderr=True, soft_wrap=True, highlight=False)
+
+RUNTIME, USAGE, INTERRUPTED = 1, 2, 130
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def guarded(command: Command) -> Command:
+    """Turn what goes wrong into one line and an exit code: 2 wrong arguments, 1 anything else, 130 Ctrl-C."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        with _warnings_as_lines():
+            try:
+                command(*args, **kwargs)
+            except (ArgumentError, LayerError) as error:
+                _fail(error, USAGE)
+            except (ConelensError, OSError, MemoryError) as error:
+                _fail(error, RUNTIME)
+            except KeyboardInterrupt as error:
+                say(f"[yellow]interrupted[/]: {escape(str(error) or 'nothing was kept')}")
+                raise typer.Exit(INTERRUPTED) from None
+            except (typer.Exit, typer.Abort):
+                raise
+            except Exception as error:
+                if os.environ.get("CONELENS_DEBUG"):
+                    raise
+                _fail(error, RUNTIME, f" ({type(error).__name__}; CONELENS_DEBUG=1 shows where)")
+
+    return run  # type: ignore[return-value]
+
+
+def say(markup: str) -> None:
+    """A line for people, on the error stream."""
+    ERR.print(markup)
+
+
+def _fail(error: BaseException, code: int, more: str = "") -> None:
+    text = " ".join(str(error).split()) or type(error).__name__
+    say(f"[red]error[/]: {escape(text + more)}")
+    raise typer.Exit(code) from None
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        say(f"[yellow]warning[/]: {escape(str(message))}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = show
+        yield
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar fed with (done, all); lines printed meanwhile appear above it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=ERR, disable=not ERR.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+# -------------------------------------------------------------------------------------------- argument values
+def numbers(text: str, name: str) -> tuple[float, ...]:
+    """ "0.5" or "0.485,0.456,0.406" as three numbers."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) == 1:
+        values *= 3
+    if len(values) != 3:
+        raise ArgumentError(f"{name} is {text!r}, wanted one number or three with commas (R,G,B)")
+    return values
+
+
+def size(text: str) -> tuple[int, int]:
+    """ "224" or "240x320" (height x width)."""
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(p.isdigit() and int(p) > 0 for p in parts):
+        raise ArgumentError(f"--input-size is {text!r}, wanted N or HxW")
+    return int(parts[0]), int(parts[-1])
+
+
+def place(text: str | None) -> tuple[int, int] | str:
+    """ "y,x" or nothing for the peak."""
+    if text is None or text == "peak":
+        return "peak"
+    parts = text.split(",")
+    if len(parts) != 2 or not all(p.strip().isdigit() for p in parts):
+        raise ArgumentError(f"--position is {text!r}, wanted y,x or peak")
+    return int(parts[0]), int(parts[1])
+
+
+def channels(text: str | None, count: int, layer: str, default: int = 8) -> list[int]:
+    """ "3,17,20-25" or "all"; nothing gives `default` channels spread evenly."""
+    if text is None:
+        return sorted({round(i * (count - 1) / max(1, default - 1)) for i in range(default)})
+    if text.strip() == "all":
+        return list(range(count))
+    chosen: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ArgumentError(
+                f"--channels has {part.strip()!r}, wanted numbers and ranges such as 3,17,20-25, or all"
+            )
+        chosen += range(int(first), int(last or first) + 1)
+    wrong = [c for c in chosen if c >= count]
+    if wrong:
+        raise ArgumentError(f"channel {wrong[0]} of {layer} is out of range, wanted 0..{count - 1}")
+    return list(dict.fromkeys(chosen))
