@@ -11,15 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from conelens.graph import Graph, Node
-from conelens.operators import Bound, Offset, Pair, Place
-
-
-@dataclass
-class Edge:
-    """What one input of a node must provide: its place, and where that begins inside the window held for the input."""
-
-    place: Place
-    offset: Offset
+from conelens.operators import Bound, Edge, Pair, Place
 
 
 @dataclass

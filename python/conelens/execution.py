@@ -5,6 +5,7 @@ One kernel sequence per layer whatever the number of units: windows of all units
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,10 +16,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conelens import ops
-from conelens.cone import ConePlan, Edge
+from conelens.cone import ConePlan
 from conelens.errors import ArgumentError
 from conelens.graph import Graph
-from conelens.operators import Affine, Conv2d, Linear, MaxPool2d, Offset, Pad, Pair, Rectify, Step, inside
+from conelens.operators import (
+    Affine,
+    Conv2d,
+    Edge,
+    Linear,
+    MaxPool2d,
+    Offset,
+    Pad,
+    Pair,
+    Rectify,
+    Step,
+    inside,
+)
 
 Observer = Callable[[int, Tensor], None]
 
@@ -32,6 +45,8 @@ def take(x: Tensor, offset: Offset, size: Pair, fill: float = 0.0, rows: Tensor 
         return _gather(x, offset, size, fill, rows)
     if rows is not None:
         x = x[rows]
+    if offset == (0, 0) and size == x.shape[2:]:
+        return x
     rows_kept, above, below = _overlap(offset[0], size[0], x.shape[2])
     columns_kept, before, after = _overlap(offset[1], size[1], x.shape[3])
     x = x[:, :, rows_kept, columns_kept]
@@ -171,7 +186,7 @@ def forward_cone(
         if not node.inputs:
             values[index] = _finite(take(images, place.origin, place.size, rows=rows))
             continue
-        steps[index] = step = Step([edge.place for edge in edges], place)
+        steps[index] = step = Step(edges, place)
         rectify = index in todo.rectified
         inputs = []
         for source, edge in zip(node.inputs, edges, strict=True):
@@ -203,7 +218,8 @@ def forward_cone(
 
 
 def _finite(windows: Tensor) -> Tensor:
-    if not bool(torch.isfinite(windows).all()):
+    total = float(windows.sum())  # one pass; only a suspicious sum is looked at cell by cell
+    if not math.isfinite(total) and not bool(torch.isfinite(windows).all()):
         raise ArgumentError("images: the pixels a unit sees hold NaN or infinity; clean the data first")
     return windows
 
@@ -221,8 +237,8 @@ def steps_from_whole(
     """The steps of the top-down pass, cut out of a whole-map forward pass instead of computed on the cone."""
     steps: dict[int, Step] = {}
     for index in plan.order:
-        node, op, place = graph[index], graph[index].op, plan.places[index]
-        steps[index] = step = Step([edge.place for edge in plan.edges[index]], place)
+        op, place = graph[index].op, plan.places[index]
+        steps[index] = step = Step(plan.edges[index], place)
         if isinstance(op, MaxPool2d):
             step.memo["switches"] = take(switches[index], place.origin, place.size, rows=rows)
         elif index in memory:
@@ -234,25 +250,42 @@ def steps_from_whole(
 
 @dataclass
 class Signal:
-    """A top-down signal on its way: ``data`` plus what is still to be done, so that one kernel can do it all.
+    """A top-down signal on its way: what has been computed, and what is still to be done so that one kernel can do it all.
 
-    ``channel`` [U]: only this channel is non-zero (a seed). ``pool``: still to be unpooled.
+    ``data`` [U, C, h, w]; or a ``seed``: single units, not yet written into a map. ``pool``: still to be unpooled.
     ``relu``: still to be rectified, after the unpooling.
     """
 
-    data: Tensor
-    channel: Tensor | None = None
+    data: Tensor | None
+    seed: Seed | None = None
     pool: Unpool | None = None
     relu: bool = False
 
     def settle(self) -> Tensor:
         """Everything pending, done."""
+        if self.seed is not None:
+            self.data = self.seed.map()
+        assert self.data is not None
         if self.pool is not None:
             self.data = self.pool.run(self.data, self.relu)
         elif self.relu:
             self.data = torch.relu(self.data)
-        self.pool, self.relu = None, False
+        self.seed, self.pool, self.relu = None, None, False
         return self.data
+
+
+@dataclass
+class Seed:
+    """Single units of a 1x1 window: ``values`` [U] >= 0 at ``channels`` [U] of ``width``."""
+
+    values: Tensor
+    channels: Tensor
+    width: int
+
+    def map(self) -> Tensor:
+        """[U, width, 1, 1]"""
+        empty = self.values.new_zeros((len(self.values), self.width, 1, 1))
+        return empty.scatter_(1, self.channels[:, None, None, None], self.values[:, None, None, None])
 
 
 @dataclass
@@ -275,9 +308,8 @@ class Unpool:
 
 def topdown(graph: Graph, plan: ConePlan, steps: dict[int, Step], values: Tensor, channels: Tensor) -> Tensor:
     """Deconvnet pass from seeds ``values`` [U] at ``channels`` [U] of the target to the input's windows [U, C, h, w]."""
-    seed = values.new_zeros((len(values), graph[plan.target].shape[0], 1, 1))
-    seed[torch.arange(len(values), device=values.device), channels, 0, 0] = values
-    signals: dict[int, Signal] = {plan.target: Signal(seed, channels)}
+    seed = Seed(values, channels, graph[plan.target].shape[0])
+    signals: dict[int, Signal] = {plan.target: Signal(None, seed)}
     todo = schedule(graph, (plan.target,))
     for index in reversed(plan.order):
         signal = signals.pop(index, None)
@@ -291,8 +323,8 @@ def topdown(graph: Graph, plan: ConePlan, steps: dict[int, Step], values: Tensor
             if part is None:
                 continue
             if plan.hangs[source] and isinstance(node.op, Conv2d | Pad):
-                mask = ~inside(plan.places[source], graph[source].size, part.data.device)
-                part.data = part.data.masked_fill(mask, 0.0)
+                mask = ~inside(plan.places[source], graph[source].size, values.device)
+                part = Signal(part.settle().masked_fill(mask, 0.0))
             held = signals.get(source)
             signals[source] = part if held is None else Signal(held.settle() + part.settle())
     return values.new_zeros((len(values), graph[0].shape[0], *plan.places[0].size))
@@ -315,7 +347,7 @@ def _send(
     held = [plan.places[source].size for source in graph[index].inputs]
     trimmed = isinstance(edges[0].offset, tuple) and max(edges[0].offset) <= 0
     if isinstance(op, Rectify) and edges[0].offset == (0, 0) and held[0] == plan.places[index].size:
-        return [Signal(signal.data, signal.channel, signal.pool, True)]
+        return [Signal(signal.data, signal.seed, signal.pool, True)]
     if isinstance(op, MaxPool2d):
         data, switches = signal.settle(), step.memo["switches"]
         if trimmed and not plan.hangs[index]:
@@ -333,10 +365,9 @@ def _send(
             origin=origin,
         )
         return [Signal(_place(data, edges[0], held[0]))]
-    if signal.channel is not None and isinstance(op, (Conv2d, Linear)):
-        data = torch.relu(signal.data) if signal.relu else signal.data
-        picked = data.gather(1, signal.channel[:, None, None, None])[:, 0, 0, 0]
-        return [Signal(_place(op.project_unit(picked, signal.channel), edges[0], held[0]))]
+    if signal.seed is not None and isinstance(op, (Conv2d, Linear)):
+        unit = op.project_unit(signal.seed.values, signal.seed.channels)
+        return [Signal(_place(unit, edges[0], held[0]))]
     if isinstance(op, Conv2d):
         if trimmed:
             return [Signal(_through_filters(op, signal, _negative(edges[0].offset), held[0]))]
@@ -350,21 +381,14 @@ def _send(
 
 def _through_filters(op: Conv2d, signal: Signal, padding: Pair, size: Pair) -> Tensor:
     """Transposed filters, with a pending unpooling and rectification done on the way in."""
+    assert signal.data is not None
     extra: dict[str, Any] = {}
     if signal.pool is not None:
         extra = {"pool": signal.pool.geometry, "switches": signal.pool.switches, "map_size": signal.pool.size}
     return ops.deconv2d(
-        signal.data,
-        op.weight,
-        op.stride,
-        padding,
-        0,
-        op.groups,
-        op.dilation,
-        output_size=size,
-        relu=signal.relu,
-        **extra,
-    )
+        signal.data, op.weight, op.stride, padding, 0, op.groups, op.dilation,
+        output_size=size, relu=signal.relu, **extra,
+    )  # fmt: skip
 
 
 def _negative(offset: Offset) -> Pair:

@@ -286,12 +286,17 @@ def _require_rules(graph: Graph) -> None:
 
 def check_projectable(graph: Graph, target: int) -> None:
     """Raise UnsupportedOperatorError where the signal from ``target`` cannot pass."""
-    passed = {target}
-    for index in reversed(graph.ancestors((target,))):
-        node = graph[index]
-        if index in passed:
-            require_rule(node.op, node.name)
-            passed.update(node.inputs[:1] if isinstance(node.op, Gate) else node.inputs)
+
+    def check() -> bool:
+        passed = {target}
+        for index in reversed(graph.ancestors((target,))):
+            node = graph[index]
+            if index in passed:
+                require_rule(node.op, node.name)
+                passed.update(node.inputs[:1] if isinstance(node.op, Gate) else node.inputs)
+        return True
+
+    graph.remember(("projectable", target), check)
 
 
 def _describe(graph: Graph) -> list[Layer]:

@@ -55,10 +55,18 @@ class Place:
 
 
 @dataclass
+class Edge:
+    """What one input of a node must provide: its place, and where that begins inside the window held for the input."""
+
+    place: Place
+    offset: Offset
+
+
+@dataclass
 class Step:
     """What an operator may need besides its inputs: where its windows lie, and a memo shared by the two passes."""
 
-    inputs: list[Place]
+    inputs: list[Edge]
     output: Place
     memo: dict[str, Any] = field(default_factory=dict)
 
@@ -295,8 +303,8 @@ class Spatial(Operator):
             return whole
         if "matrices" not in step.memo:
             step.memo["matrices"] = tuple(
-                _cut(matrix, step.output.low[:, axis], step.output.size[axis], step.inputs[0].low[:, axis],
-                     step.inputs[0].size[axis])
+                _cut(matrix, step.output.low[:, axis], step.output.size[axis], step.inputs[0].place.low[:, axis],
+                     step.inputs[0].place.size[axis])
                 for axis, matrix in enumerate(whole)
             )
         return step.memo["matrices"]
@@ -556,7 +564,7 @@ class Pad(Operator):
             return F.pad(x, (left, right, top, bottom), value=self.value)
         if self.value == 0.0:
             return x
-        return x.masked_fill(~inside(step.inputs[0], self.in_size, x.device), self.value)
+        return x.masked_fill(~inside(step.inputs[0].place, self.in_size, x.device), self.value)
 
     def topdown(self, signal: Tensor, step: Step) -> list[Tensor | None]:
         return [signal]

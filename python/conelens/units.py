@@ -75,6 +75,6 @@ def _integers(name: str, value: Any, most: int) -> np.ndarray | None:
 
 
 def _check_range(name: str, values: np.ndarray, size: int, of: str) -> None:
-    wrong = values[(values < 0) | (values >= size)]
-    if len(wrong):
+    if values.size and (values.min() < 0 or values.max() >= size):
+        wrong = values[(values < 0) | (values >= size)]
         raise ArgumentError(f"{name}: got {int(wrong[0])}, wanted 0..{size - 1} ({of} has {size})")
