@@ -31,7 +31,7 @@ def channel_peaks(
     """Per channel of x [N,C,H,W]: the maximum (or "sum" or "mean") and the position of the first maximum.
 
     As in ``torch.max`` a NaN counts as the maximum; the first NaN wins. Sums accumulate in float32 (float64
-    in float64) in an order that the shape alone decides. ``out`` = (values, positions) is written and returned.
+    in float64) in an order that shape and layout decide. ``out`` = (values, positions) is written.
     Differentiable in x, twice. Raises ArgumentError for a wrong shape, dtype, device or ``reduce``.
     """
     arguments.check_map(x, "x")
