@@ -31,7 +31,7 @@ def deconv2d(
     `map_size` is the size of the map the filter acts on (the forward convolution's output), `output_size`
     that of the map it writes. With `pool` = (kernel, stride, padding, dilation) y is first unpooled by
     `switches`; `relu` rectifies after the unpool and before the filter. With `origin` [N,2] y is a window of
-    its map, the result is the natural window, and cells outside either map are zero. Halves compute in float32.
+    its map, the result is the natural window; cells outside either map are zero. Halves compute in float32.
     """
     wide = y.float() if y.dtype in (torch.float16, torch.bfloat16) else y
     signal = top_down_signal(wide, map_size, pool, switches, relu, origin)
