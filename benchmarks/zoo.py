@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import conelens
 from conelens.network import Network, trace
-from conelens.operators import Activation, Gate
+from conelens.operators import Activation, Gate, GroupNorm
 from conelens.ops import require_kernels
 from conelens.projection import project
 from tests.kit.oracle import deconvnet_by_autograd, relative
@@ -103,7 +103,9 @@ def build(name: str) -> tuple[nn.Module, int]:
             except (TypeError, AssertionError):
                 model = _models[name]()
             model = adapt(model).double().eval()
-            images = torch.randn(2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+            images = torch.randn(
+                2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+            )
             enliven(model, images)
             return model, size
         except (RuntimeError, AssertionError, ValueError, IndexError) as error:
@@ -153,9 +155,15 @@ def enliven(model: nn.Module, images: Tensor) -> None:
 def _centre(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     (x,) = inputs
     dims = (0, *range(2, x.ndim))
-    norm.running_mean = x.mean(dims) + 0.1 * torch.randn(x.shape[1], dtype=x.dtype) * x.std(dims, correction=0)
-    spread = x.var(dims, correction=0)  # a channel that hardly varies is not blown up: it would only amplify rounding
-    norm.running_var = spread * torch.empty(x.shape[1], dtype=x.dtype).uniform_(0.7, 1.4) + 0.1 * spread.mean() + 1e-3
+    norm.running_mean = x.mean(dims) + 0.1 * torch.randn(x.shape[1], dtype=x.dtype) * x.std(
+        dims, correction=0
+    )
+    spread = x.var(
+        dims, correction=0
+    )  # a channel that hardly varies is not blown up: it would only amplify rounding
+    norm.running_var = (
+        spread * torch.empty(x.shape[1], dtype=x.dtype).uniform_(0.7, 1.4) + 0.1 * spread.mean() + 1e-3
+    )
     if norm.affine:
         norm.weight.uniform_(0.6, 1.4).mul_(torch.where(torch.rand(x.shape[1]) < 0.8, 1.0, -1.0))
         norm.bias.normal_(0, 0.3)
@@ -185,7 +193,12 @@ def chosen_units(model: nn.Module, net: Network, image: Tensor) -> dict[str, lis
     for path in dict.fromkeys((paths[len(paths) // 2], paths[-1])):
         maps = usable[path]
         height, width = maps.shape[1:]
-        places = [divmod(int(maps.max(0).values.flatten().argmax()), width), (0, 0), (height - 1, width - 1), (height // 2, width // 3)]
+        places = [
+            divmod(int(maps.max(0).values.flatten().argmax()), width),
+            (0, 0),
+            (height - 1, width - 1),
+            (height // 2, width // 3),
+        ]
         units = []
         for y, x in places:
             live = (maps[:, y, x] > 0).nonzero().flatten()
@@ -219,7 +232,9 @@ def examine(name: str, family: str) -> Row:
 
 def _examine(row: Row) -> None:
     model, row.size = build(row.name)
-    image = torch.randn(1, 3, row.size, row.size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    image = torch.randn(
+        1, 3, row.size, row.size, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
+    )
     policy: dict[str, str] = {}
     try:
         net = trace(model, image)
@@ -238,7 +253,13 @@ def _examine(row: Row) -> None:
         for route in ("full", "cone"):
             with require_kernels():
                 found = project(
-                    net, image, path, [u[1] for u in units], [u[2:] for u in units], [0] * len(units), route=route
+                    net,
+                    image,
+                    path,
+                    [u[1] for u in units],
+                    [u[2:] for u in units],
+                    [0] * len(units),
+                    route=route,
                 )
             row.error = max(row.error, *(relative(a, b) for a, b in zip(found.pixels, wanted, strict=True)))
         row.units += int((wanted.flatten(1).abs().amax(1) > 0).sum())
@@ -257,6 +278,7 @@ def stated_policy(net: Network) -> dict[str, str]:
     """The rules that such a signal follows in a trace with the single word "clamp"."""
     ops = [net.graph[index].op for index in sorted(on_the_way_down(net))]
     policy = {op.name: op.rule for op in ops if isinstance(op, Activation) and op.rule}
+    policy |= {op.kind: op.rule for op in ops if isinstance(op, GroupNorm) and op.rule}
     return policy | {"gate": op.rule for op in ops if isinstance(op, Gate) and op.rule}
 
 
@@ -312,7 +334,9 @@ def table(rows: Sequence[Row]) -> str:
         error = "" if row.error is None else f"{row.error:.0e}"
         without = f"refused: {row.refused}" if row.refused else "" if row.problem else error
         result = row.problem.split("\n")[0].replace("|", "/") or ("" if not row.refused else error)
-        text.append(f"| {row.family} | {row.name} | {row.size or ''} | {row.layers or ''} | {without} | {row.policy} | {result} |")
+        text.append(
+            f"| {row.family} | {row.name} | {row.size or ''} | {row.layers or ''} | {without} | {row.policy} | {result} |"
+        )
     return "\n".join(text) + "\n"
 
 
@@ -323,7 +347,9 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sample", type=int, help="so many varied networks instead of all")
     parser.add_argument("--names", nargs="+", help="these networks alone")
     parser.add_argument("--rows", type=Path, help="file of rows (JSON lines), continued where it ended")

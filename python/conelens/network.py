@@ -149,7 +149,8 @@ def trace(model: nn.Module, example: Tensor | Sequence[int], policy: Mapping[str
         example: images [N, C, H, W] of the size to analyse, or their shape (C, H, W).
         policy: rules for operators that have no canonical one, e.g. ``{"relu6": "clamp", "silu": "gradient", "gate": "hold",
             "lrn": "jacobian"}``. "clamp" rectifies the top-down signal, "gradient" multiplies it by the slope, "hold" keeps a
-            computed gate constant. A single word applies to all non-linearities ("gate" then holds).
+            computed gate, or the statistics of an "instance_norm" or "group_norm", constant. A single word applies to all non-linearities
+            (gates and norms then hold).
 
     Raises:
         UnsupportedOperatorError: an operator without a rule, by name and place.
@@ -177,7 +178,7 @@ _RULES = ("clamp", "gradient", "hold", "jacobian")
 
 class _EveryPolicy(dict[str, str]):
     def get(self, key: str, default: Any = None) -> Any:
-        return {"gate": "hold", "lrn": default}.get(key, self["*"])
+        return {"gate": "hold", "instance_norm": "hold", "group_norm": "hold", "lrn": default}.get(key, self["*"])
 
 
 def _policy(policy: Mapping[str, str] | str | None) -> Mapping[str, str]:

@@ -439,6 +439,51 @@ class LocalResponseNorm(Operator):
         return [_vector_jacobian(self._function, step.memo["input"], signal) if self.jacobian else signal]
 
 
+@dataclass(eq=False)
+class GroupNorm(Operator):
+    """Instance or group normalisation: statistics of the whole map, which the top-down pass holds constant ("hold")."""
+
+    groups: int
+    weight: Tensor | None  # [C]
+    bias: Tensor | None
+    eps: float
+    size: Pair
+    rule: str | None
+    kind: str = "group_norm"  # type: ignore[misc]
+    keeps_zero = False
+    translates = False
+    remembers = True
+
+    def __post_init__(self) -> None:
+        self._everywhere = Spatial(*(torch.eye(cells, dtype=torch.float64) for cells in self.size))
+
+    def reach(self, edge: int, axis: int, low: Bound, high: Bound, in_size: int) -> tuple[Bound, Bound]:
+        return low * 0, low * 0 + in_size
+
+    def forward(self, inputs: Sequence[Tensor], step: Step | None) -> Tensor:
+        (x,) = inputs
+        y = F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
+        if step is None:
+            return y
+        step.memo["input"] = x
+        return self._everywhere.forward([y], step)
+
+    def topdown(self, signal: Tensor, step: Step) -> list[Tensor | None]:
+        grouped = step.memo["input"].unflatten(1, (self.groups, -1)).flatten(2)
+        scale = (grouped.var(2, correction=0) + self.eps).rsqrt().repeat_interleave(signal.shape[1] // self.groups, 1)
+        if self.weight is not None:
+            scale = scale * self.weight
+        (spread,) = self._everywhere.topdown(signal, step)
+        assert spread is not None
+        return [spread * scale[:, :, None, None]]
+
+    def refusal(self) -> str | None:
+        return None if self.rule else f"{self.kind} (statistics of the whole map) has no canonical deconvnet rule"
+
+    def advice(self) -> str:
+        return f"state one: conelens.trace(model, example, policy={{'{self.kind}': 'hold'}})"
+
+
 def _vector_jacobian(function: Callable[[Tensor], Tensor], x: Tensor, signal: Tensor) -> Tensor:
     with torch.inference_mode(False), torch.enable_grad():
         leaf = x.clone().requires_grad_()

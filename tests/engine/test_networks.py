@@ -23,9 +23,13 @@ def images(count: int = 2, seed: int = 5) -> Tensor:
     return torch.randn(count, 3, *SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def project(net: Network, x: Tensor, units: list[tuple[int, int, int, int]], route: str = "auto", layer: str = "last") -> conelens.projection.Projection:
+def project(
+    net: Network, x: Tensor, units: list[tuple[int, int, int, int]], route: str = "auto", layer: str = "last"
+) -> conelens.projection.Projection:
     with require_kernels():
-        return conelens.project(net, x, layer, [u[1] for u in units], [u[2:] for u in units], [u[0] for u in units], route=route)
+        return conelens.project(
+            net, x, layer, [u[1] for u in units], [u[2:] for u in units], [u[0] for u in units], route=route
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -58,7 +62,12 @@ def test_other_layers_and_memory_formats(kind: str) -> None:
     """Units of a layer half-way down; channels_last images and weights change nothing."""
     model, x = make(kind), images()
     net = conelens.trace(model, x)
-    inside = [layer.name for layer in net.layers() if layer.kind in ("conv", "relu", "max_pool", "batch_norm") and layer.name in dict(model.named_modules())]
+    inside = [
+        layer.name
+        for layer in net.layers()
+        if layer.kind in ("conv", "relu", "max_pool", "batch_norm")
+        and layer.name in dict(model.named_modules())
+    ]
     layer = inside[len(inside) // 2]
     units = live_units(model, x, layer, 4)
     wanted, _ = deconvnet_by_autograd(model, x, layer, units)
@@ -143,7 +152,12 @@ def captum(model: nn.Module, x: Tensor, units: list[tuple[int, int, int, int]]) 
     method = NeuronDeconvolution(model, model.get_submodule("last"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.cat([method.attribute(x[i : i + 1].clone().requires_grad_(), (c, y, w)).detach() for i, c, y, w in units])
+        return torch.cat(
+            [
+                method.attribute(x[i : i + 1].clone().requires_grad_(), (c, y, w)).detach()
+                for i, c, y, w in units
+            ]
+        )
 
 
 def modules_in_place(model: nn.Module, inplace: bool) -> nn.Module:
@@ -153,7 +167,9 @@ def modules_in_place(model: nn.Module, inplace: bool) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("kind", ["VGG", "AlexNet, overlapping 3/2", "groups, depthwise, dilation", "average pools"])
+@pytest.mark.parametrize(
+    "kind", ["VGG", "AlexNet, overlapping 3/2", "groups, depthwise, dilation", "average pools"]
+)
 def test_captum_agrees_where_it_is_right(kind: str) -> None:
     """nn.ReLU modules that nothing shares."""
     model, x = modules_in_place(make(kind), False), images()
@@ -188,7 +204,11 @@ def test_captum_loses_the_skip_that_shares_a_relu_input() -> None:
     class Shared(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.second, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 3)
+            self.first, self.second, self.last = (
+                nn.Conv2d(3, 8, 3),
+                nn.Conv2d(8, 8, 3, padding=1),
+                nn.Conv2d(8, 4, 3),
+            )
             self.relu, self.after = nn.ReLU(), nn.ReLU()
 
         def forward(self, x: Tensor) -> Tensor:

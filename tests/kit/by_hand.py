@@ -19,7 +19,9 @@ class Record:
     """What the forward pass leaves for the way down."""
 
     inputs: list[Tensor] = field(default_factory=list)
-    switches: dict[int, Tensor] = field(default_factory=dict)  # flat index into the map, as max_pool2d gives it
+    switches: dict[int, Tensor] = field(
+        default_factory=dict
+    )  # flat index into the map, as max_pool2d gives it
 
 
 def forward(layers: nn.Sequential, image: Tensor) -> tuple[Tensor, Record]:
@@ -27,18 +29,36 @@ def forward(layers: nn.Sequential, image: Tensor) -> tuple[Tensor, Record]:
     for index, layer in enumerate(layers):
         record.inputs.append(x.clone())
         if isinstance(layer, nn.MaxPool2d):
-            x, record.switches[index] = F.max_pool2d(x, layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.ceil_mode, return_indices=True)
+            x, record.switches[index] = F.max_pool2d(
+                x,
+                layer.kernel_size,
+                layer.stride,
+                layer.padding,
+                layer.dilation,
+                layer.ceil_mode,
+                return_indices=True,
+            )
         else:
             x = layer(x)
     return x, record
 
 
 @torch.no_grad()
-def deconvnet(layers: nn.Sequential, image: Tensor, unit: tuple[int, int, int], mistake: str | None = None, other: Tensor | None = None) -> Tensor:
+def deconvnet(
+    layers: nn.Sequential,
+    image: Tensor,
+    unit: tuple[int, int, int],
+    mistake: str | None = None,
+    other: Tensor | None = None,
+) -> Tensor:
     """Projection [C, H, W] of unit (channel, y, x) of the last layer for ``image`` [1, C, H, W]; ``other`` is another image."""
     assert mistake is None or mistake in MISTAKES
     out, record = forward(layers, image)
-    switches = forward(layers, other)[1].switches if mistake == "switches of another image" and other is not None else record.switches
+    switches = (
+        forward(layers, other)[1].switches
+        if mistake == "switches of another image" and other is not None
+        else record.switches
+    )
     y = torch.zeros_like(out)
     y[0][unit] = out[0][unit].clamp(min=0)
     for index in reversed(range(len(layers))):
@@ -60,12 +80,16 @@ def deconvnet(layers: nn.Sequential, image: Tensor, unit: tuple[int, int, int], 
 
 def _filter(conv: nn.Conv2d, y: Tensor, x: Tensor, mistake: str | None) -> Tensor:
     remainder = [
-        (x.shape[2 + a] + 2 * int(conv.padding[a]) - conv.dilation[a] * (conv.kernel_size[a] - 1) - 1) % conv.stride[a] for a in (0, 1)
+        (x.shape[2 + a] + 2 * int(conv.padding[a]) - conv.dilation[a] * (conv.kernel_size[a] - 1) - 1)
+        % conv.stride[a]
+        for a in (0, 1)
     ]
     if mistake == "forward biases":
         assert conv.bias is not None
         y = y + conv.bias[:, None, None]
-    down = F.conv_transpose2d(y, conv.weight, None, conv.stride, conv.padding, remainder, conv.groups, conv.dilation)  # type: ignore[arg-type]
+    down = F.conv_transpose2d(
+        y, conv.weight, None, conv.stride, conv.padding, remainder, conv.groups, conv.dilation
+    )  # type: ignore[arg-type]
     if mistake == "random biases":
         down = down + 0.1 * torch.randn(down.shape[1], 1, 1, dtype=down.dtype)
     return down
@@ -75,7 +99,9 @@ def _unpool(pool: nn.MaxPool2d, y: Tensor, x: Tensor, switches: Tensor, mistake:
     if mistake == "replicated unpooling":
         return F.interpolate(y, size=x.shape[2:])
     if mistake == "last tie":
-        mirrored = F.max_pool2d(x.flip(2, 3), pool.kernel_size, pool.stride, return_indices=True)[1].flip(2, 3)
+        mirrored = F.max_pool2d(x.flip(2, 3), pool.kernel_size, pool.stride, return_indices=True)[1].flip(
+            2, 3
+        )
         switches = x.shape[2] * x.shape[3] - 1 - mirrored
     down = torch.zeros_like(x).flatten(2)
     if mistake == "overwriting unpooling":

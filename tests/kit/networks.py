@@ -25,7 +25,11 @@ class BasicBlock(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out)
         self.conv2, self.bn2 = nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out)
         self.relu = nn.ReLU(inplace=True)
-        self.down = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out)) if stride > 1 else None
+        self.down = (
+            nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+            if stride > 1
+            else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
@@ -38,19 +42,34 @@ class Inception(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.one, self.three_a, self.three_b = nn.Conv2d(channels, 4, 1), nn.Conv2d(channels, 4, 1), nn.Conv2d(4, 6, 3, padding=1)
-        self.five_a, self.five_b, self.pooled = nn.Conv2d(channels, 2, 1), nn.Conv2d(2, 4, 5, padding=2), nn.Conv2d(channels, 4, 1)
+        self.one, self.three_a, self.three_b = (
+            nn.Conv2d(channels, 4, 1),
+            nn.Conv2d(channels, 4, 1),
+            nn.Conv2d(4, 6, 3, padding=1),
+        )
+        self.five_a, self.five_b, self.pooled = (
+            nn.Conv2d(channels, 2, 1),
+            nn.Conv2d(2, 4, 5, padding=2),
+            nn.Conv2d(channels, 4, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         three = F.relu(self.three_b(F.relu(self.three_a(x))))
         five = F.relu(self.five_b(F.relu(self.five_a(x), inplace=True)), inplace=True)
-        return torch.cat([F.relu(self.one(x)), three, five, F.relu(self.pooled(F.max_pool2d(x, 3, 1, 1, ceil_mode=True)))], 1)
+        return torch.cat(
+            [F.relu(self.one(x)), three, five, F.relu(self.pooled(F.max_pool2d(x, 3, 1, 1, ceil_mode=True)))],
+            1,
+        )
 
 
 class DenseLayer(nn.Module):
     def __init__(self, channels: int, growth: int) -> None:
         super().__init__()
-        self.norm, self.relu, self.conv = nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.Conv2d(channels, growth, 3, padding=1, bias=False)
+        self.norm, self.relu, self.conv = (
+            nn.BatchNorm2d(channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channels, growth, 3, padding=1, bias=False),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([x, self.conv(self.relu(self.norm(x)))], 1)
@@ -133,7 +152,9 @@ def make(kind: str, seed: int = 0) -> nn.Module:
     return model.double().eval()
 
 
-def live_units(model: nn.Module, images: Tensor, layer: str = "last", count: int = 8) -> list[tuple[int, int, int, int]]:
+def live_units(
+    model: nn.Module, images: Tensor, layer: str = "last", count: int = 8
+) -> list[tuple[int, int, int, int]]:
     """Units (image, channel, y, x) with positive activity: corners, borders and inside."""
     captured: list[Tensor] = []
     handle = model.get_submodule(layer).register_forward_hook(lambda m, i, o: captured.append(o.clone()))
@@ -142,7 +163,15 @@ def live_units(model: nn.Module, images: Tensor, layer: str = "last", count: int
     handle.remove()
     maps = captured[0]
     height, width = maps.shape[2:]
-    places = [(0, 0), (height - 1, width - 1), (0, width - 1), (height // 2, width // 2), (height // 2, 0), (height - 1, width // 3), (height // 3, width // 2)]
+    places = [
+        (0, 0),
+        (height - 1, width - 1),
+        (0, width - 1),
+        (height // 2, width // 2),
+        (height // 2, 0),
+        (height - 1, width // 3),
+        (height // 3, width // 2),
+    ]
     units = []
     for turn in range(count):
         image, (y, x) = turn % len(images), places[turn % len(places)]

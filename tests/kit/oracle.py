@@ -43,8 +43,26 @@ class _Normalise(torch.autograd.Function):
 
 
 SQUASHING = ("sigmoid", "hardsigmoid", "tanh", "softmax", "relu6")
-ELEMENTWISE = (*SQUASHING, "silu", "hardswish", "gelu", "elu", "selu", "celu", "mish", "softplus", "leaky_relu", "prelu", "hardtanh")
-SELF_GATED = {("sigmoid",): "silu", ("add", "relu6"): "hardswish", ("add", "relu6", "div"): "hardswish", ("softplus", "tanh"): "mish"}
+ELEMENTWISE = (
+    *SQUASHING,
+    "silu",
+    "hardswish",
+    "gelu",
+    "elu",
+    "selu",
+    "celu",
+    "mish",
+    "softplus",
+    "leaky_relu",
+    "prelu",
+    "hardtanh",
+)
+SELF_GATED = {
+    ("sigmoid",): "silu",
+    ("add", "relu6"): "hardswish",
+    ("add", "relu6", "div"): "hardswish",
+    ("softplus", "tanh"): "mish",
+}
 
 
 class DeconvnetMode(TorchFunctionMode):
@@ -54,7 +72,9 @@ class DeconvnetMode(TorchFunctionMode):
         super().__init__()
         self.policy = policy or {}
         self.squashed: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensors that a bounded function produced
-        self.history: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> (where it came from, by which functions)
+        self.history: WeakIdKeyDictionary = (
+            WeakIdKeyDictionary()
+        )  # tensor -> (where it came from, by which functions)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -62,13 +82,19 @@ class DeconvnetMode(TorchFunctionMode):
         inplace = _in_place(func, args, kwargs)
         if name == "relu":
             return Rectified.apply(args[0], torch.relu, inplace)
-        if name in ("clamp", "clamp_min") and (kwargs.get("min", args[1] if len(args) > 1 else None)) == 0 and "max" not in kwargs:
+        if (
+            name in ("clamp", "clamp_min")
+            and (kwargs.get("min", args[1] if len(args) > 1 else None)) == 0
+            and "max" not in kwargs
+        ):
             return Rectified.apply(args[0], torch.relu, inplace)
         if name == "local_response_norm" and self.policy.get("lrn") != "jacobian":
             order = ("size", "alpha", "beta", "k")
             bound = dict(zip(order, args[1:], strict=False)) | {k: v for k, v in kwargs.items() if k in order}
             defaults = {"alpha": 1e-4, "beta": 0.75, "k": 1.0}
             return _Normalise.apply(args[0], *({**defaults, **bound}[n] for n in order))
+        if name in ("instance_norm", "group_norm") and self.policy.get(name) == "hold":
+            return _hold_statistics(func, *args, **kwargs)
         if name in ("mul", "imul", "rmul") and isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
             if args[0].requires_grad and args[1].requires_grad:
                 return self._product(args[0], args[1])
@@ -77,20 +103,38 @@ class DeconvnetMode(TorchFunctionMode):
     def _remember(self, name: str, func: Any, args: Any, kwargs: Any, inplace: bool) -> Any:
         """Run an element-wise function by its policy, and note what its result is made of."""
         x = args[0] if args else kwargs.get("input")
-        if name == "hardtanh" and (kwargs.get("min_val"), kwargs.get("max_val")) == (0.0, 6.0) or name == "hardtanh" and args[1:3] == (0.0, 6.0):
+        if (
+            (name == "hardtanh"
+            and (kwargs.get("min_val"), kwargs.get("max_val")) == (0.0, 6.0))
+            or (name == "hardtanh"
+            and args[1:3] == (0.0, 6.0))
+        ):
             name = "relu6"
         source = self.history.get(x, (x, ())) if isinstance(x, Tensor) else (None, ())
-        if isinstance(x, Tensor) and name in ELEMENTWISE and name != "softmax" and self.policy.get(name) == "clamp":
+        if (
+            isinstance(x, Tensor)
+            and name in ELEMENTWISE
+            and name != "softmax"
+            and self.policy.get(name) == "clamp"
+        ):
             rest = {k: v for k, v in kwargs.items() if k not in ("input", "inplace")}
             pure = getattr(torch, name, None) or getattr(F, name)
-            extra = args[1:3] if name == "hardtanh" else args[1:2] if name in ("prelu", "leaky_relu", "elu") else ()
+            extra = (
+                args[1:3]
+                if name == "hardtanh"
+                else args[1:2]
+                if name in ("prelu", "leaky_relu", "elu")
+                else ()
+            )
             if name == "relu6":
                 pure, rest = F.relu6, {}
             result = Rectified.apply(x, lambda t: pure(t, *extra, **rest), inplace)
         else:
             result = func(*args, **kwargs)
         if isinstance(result, Tensor) and isinstance(x, Tensor) and x.requires_grad:
-            constant = name in ("add", "div", "iadd", "truediv", "itruediv", "mul") and not any(isinstance(a, Tensor) for a in args[1:])
+            constant = name in ("add", "div", "iadd", "truediv", "itruediv", "mul") and not any(
+                isinstance(a, Tensor) for a in args[1:]
+            )
             if name in SQUASHING or (constant and x in self.squashed):
                 self.squashed[result] = True
             if constant or name in ELEMENTWISE:
@@ -103,10 +147,26 @@ class DeconvnetMode(TorchFunctionMode):
         root, functions = self.history.get(right, (None, ()))
         if root is left and functions in SELF_GATED:
             rule = self.policy.get(SELF_GATED[functions])
-            return Rectified.apply(left, lambda t: t * _again(functions)(t), False) if rule == "clamp" else left * right
+            return (
+                Rectified.apply(left, lambda t: t * _again(functions)(t), False)
+                if rule == "clamp"
+                else left * right
+            )
         if left.numel() < right.numel() or (left.numel() == right.numel() and left in self.squashed):
             left, right = right, left
         return left * right.detach() if self.policy.get("gate") == "hold" else left * right
+
+
+def _hold_statistics(norm: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """x * a + b, where a and b are read off the norm at x and held constant: the norm is affine per channel and sample."""
+    with torch.no_grad():
+        y = norm(x, *args, **kwargs)
+        middle_x, middle_y = x.mean((2, 3), keepdim=True), y.mean((2, 3), keepdim=True)
+        scale = ((y - middle_y) * (x - middle_x)).sum((2, 3), keepdim=True) / (x - middle_x).square().sum(
+            (2, 3), keepdim=True
+        )
+        shift = middle_y - scale * middle_x
+    return x * scale + shift
 
 
 def _again(functions: tuple[str, ...]) -> Callable[[Tensor], Tensor]:
@@ -130,7 +190,11 @@ def _in_place(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool
 
 
 def deconvnet_by_autograd(
-    model: nn.Module, images: Tensor, module: str, units: Sequence[tuple[int, int, int, int]], policy: Mapping[str, str] | None = None
+    model: nn.Module,
+    images: Tensor,
+    module: str,
+    units: Sequence[tuple[int, int, int, int]],
+    policy: Mapping[str, str] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(projections [U, C, H, W], activity [U]) of units (image, channel, y, x) of the output of ``module`` ('' = the model)."""
     captured: list[Tensor] = []

@@ -29,12 +29,19 @@ def move(rec: Recorder, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> Resul
     meaning = rec.meaning(x)
     assert meaning is not None
     if meaning.layout == "positive":
-        raise UnsupportedOperatorError(f"{rec.here}: a mask x > 0 may only multiply x or choose in torch.where")
+        raise UnsupportedOperatorError(
+            f"{rec.here}: a mask x > 0 may only multiply x or choose in torch.where"
+        )
     node = rec.graph[meaning.node]
     cells = node.shape[0] * node.size[0] * node.size[1]
-    numbers = rec.cells_of(meaning, tuple(x.shape[1:]))[None] + torch.arange(rec.batch).reshape(-1, *[1] * (x.ndim - 1)) * cells
+    numbers = (
+        rec.cells_of(meaning, tuple(x.shape[1:]))[None]
+        + torch.arange(rec.batch).reshape(-1, *[1] * (x.ndim - 1)) * cells
+    )
     args, kwargs = rec.without_meaning((args, kwargs))
-    function = torch.Tensor.reshape if rec.function is torch.Tensor.view else rec.function  # strides are not tracked
+    function = (
+        torch.Tensor.reshape if rec.function is torch.Tensor.view else rec.function
+    )  # strides are not tracked
     moved = function(numbers, *args, **kwargs)
     if isinstance(out, Tensor):
         return _place(rec, node, moved, cells)
@@ -66,7 +73,9 @@ def arrange(rec: Recorder, node: Node, index: Tensor) -> Node | Meaning:
     if index.ndim == 3:
         channel, row, column = index // (height * width), index // width % height, index % width
         separable = (
-            (channel == channel[:, :1, :1]).all() and (row == row[:1, :, :1]).all() and (column == column[:1, :1, :]).all()
+            (channel == channel[:, :1, :1]).all()
+            and (row == row[:1, :, :1]).all()
+            and (column == column[:1, :1, :]).all()
         )
         if separable:
             picked = _cells(rec, rec.select(node, channel[:, 0, 0]), row[0, :, 0], column[0, 0, :])
@@ -79,7 +88,9 @@ def _cells(rec: Recorder, node: Node, rows: Tensor, columns: Tensor) -> Node:
     height, width = node.size
     if torch.equal(rows, torch.arange(height)) and torch.equal(columns, torch.arange(width)):
         return node
-    matrices = [torch.eye(size, dtype=torch.float64)[picked] for size, picked in ((height, rows), (width, columns))]
+    matrices = [
+        torch.eye(size, dtype=torch.float64)[picked] for size, picked in ((height, rows), (width, columns))
+    ]
     return rec.emit(Spatial(*matrices, kind="slice"), (node,), (node.shape[0], len(rows), len(columns)))
 
 
@@ -89,15 +100,21 @@ def stack(rec: Recorder, out: Tensor, tensors: Sequence[Tensor], dim: int = 0) -
     nodes = [rec.map_of(t, "a stacked tensor") for t in tensors]
     shapes = {tuple(t.shape[1:]) for t in tensors}
     if axis == 0 or len(shapes) != 1:
-        raise UnsupportedOperatorError(f"{rec.here}: only maps of one shape may be stacked, and not along the samples")
+        raise UnsupportedOperatorError(
+            f"{rec.here}: only maps of one shape may be stacked, and not along the samples"
+        )
     joined = _join(rec, nodes)
-    parts = torch.arange(joined.shape[0] * joined.size[0] * joined.size[1]).reshape(len(nodes), *next(iter(shapes)))
+    parts = torch.arange(joined.shape[0] * joined.size[0] * joined.size[1]).reshape(
+        len(nodes), *next(iter(shapes))
+    )
     return arrange(rec, joined, parts.movedim(0, axis - 1))
 
 
 def concatenate(rec: Recorder, out: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> Result:
     if dim % out.ndim != 1 or out.ndim not in (2, 4):
-        raise UnsupportedOperatorError(f"{rec.here}: only channels may be concatenated (got dimension {dim} of {tuple(out.shape)})")
+        raise UnsupportedOperatorError(
+            f"{rec.here}: only channels may be concatenated (got dimension {dim} of {tuple(out.shape)})"
+        )
     return _join(rec, [rec.map_of(t, "a concatenated tensor") for t in tensors])
 
 
@@ -120,7 +137,11 @@ def broadcast(rec: Recorder, node: Node, shape: tuple[int, int, int]) -> Node:
     if any(had not in (1, wanted) for had, wanted in zip(node.shape, shape, strict=True)):
         raise UnsupportedOperatorError(f"{rec.here}: maps of different shapes {node.shape} and {shape}")
     if node.shape[0] != shape[0]:
-        node = rec.emit(SelectChannels(torch.zeros(shape[0], dtype=torch.int64, device=rec.device), 1), (node,), (shape[0], *node.size))
+        node = rec.emit(
+            SelectChannels(torch.zeros(shape[0], dtype=torch.int64, device=rec.device), 1),
+            (node,),
+            (shape[0], *node.size),
+        )
     if node.size != shape[1:]:
         ones = [torch.ones(wanted, had, dtype=torch.float64) if had == 1 else torch.eye(had, dtype=torch.float64)
                 for had, wanted in zip(node.size, shape[1:], strict=True)]  # fmt: skip

@@ -14,8 +14,23 @@ from torch import Tensor
 from conelens.errors import UnsupportedOperatorError
 from conelens.graph import Node
 from conelens.operators import (
-    Activation, Add, Affine, Conv2d, Gate, Linear, LocalResponseNorm, MaxPool2d, Opaque, Operator, Pad, Pair, Product, Rectify,
-    SelectChannels, Spatial,
+    Activation,
+    Add,
+    Affine,
+    Conv2d,
+    Gate,
+    GroupNorm,
+    Linear,
+    LocalResponseNorm,
+    MaxPool2d,
+    Opaque,
+    Operator,
+    Pad,
+    Pair,
+    Product,
+    Rectify,
+    SelectChannels,
+    Spatial,
 )  # fmt: skip
 from conelens.tracing import layouts
 from conelens.tracing.recorder import Meaning, Recorder
@@ -35,7 +50,9 @@ def _out(rec: Recorder, out: Tensor, op: Operator, *inputs: Node) -> Node:
     if out.ndim == 2:
         return rec.emit(op, inputs, (out.shape[1], 1, 1), vector=True)
     if out.ndim != 4:
-        raise UnsupportedOperatorError(f"{rec.here}: gives shape {tuple(out.shape)}, wanted [N, C, H, W] or [N, F]")
+        raise UnsupportedOperatorError(
+            f"{rec.here}: gives shape {tuple(out.shape)}, wanted [N, C, H, W] or [N, F]"
+        )
     return rec.emit(op, inputs, (out.shape[1], out.shape[2], out.shape[3]))
 
 
@@ -72,7 +89,9 @@ def conv2d(
 def linear(rec: Recorder, out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Result:
     node = rec.map_of(input)
     if not node.vector and input.ndim != 2:
-        raise UnsupportedOperatorError(f"{rec.here}: a linear layer needs a vector [N, F], got shape {tuple(input.shape)}")
+        raise UnsupportedOperatorError(
+            f"{rec.here}: a linear layer needs a vector [N, F], got shape {tuple(input.shape)}"
+        )
     _constant(rec, weight, "weight")
     return _out(rec, out, Linear(weight.detach(), None if bias is None else bias.detach()), node)
 
@@ -82,7 +101,9 @@ def batch_norm(
     weight: Tensor | None = None, bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
 ) -> Result:  # fmt: skip
     if training or running_mean is None or running_var is None:
-        raise UnsupportedOperatorError(f"{rec.here}: batch statistics mix the samples; call model.eval() first")
+        raise UnsupportedOperatorError(
+            f"{rec.here}: batch statistics mix the samples; call model.eval() first"
+        )
     factor = 1 / torch.sqrt(running_var.detach().double() + eps)
     if weight is not None:
         factor = factor * weight.detach().double()
@@ -93,14 +114,41 @@ def batch_norm(
     return _out(rec, out, Affine(factor.to(input.dtype), shift.to(input.dtype), kind="batch_norm"), node)
 
 
-def _separable(rec: Recorder, out: Tensor, x: Tensor, kind: str, function: Callable[[Tensor], Tensor], **extra: Any) -> Result:
+def instance_norm(
+    rec: Recorder, out: Tensor, input: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None,
+    weight: Tensor | None = None, bias: Tensor | None = None, use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
+) -> Result:  # fmt: skip
+    if not use_input_stats:
+        return batch_norm(rec, out, input, running_mean, running_var, weight, bias, False, momentum, eps)
+    return group_norm(rec, out, input, input.shape[1], weight, bias, eps)
+
+
+def group_norm(
+    rec: Recorder,
+    out: Tensor,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Result:
+    kind, node = rec.here.split(" ", 1)[0], rec.map_of(input)
+    weight, bias = (None if t is None else t.detach() for t in (weight, bias))
+    return _out(rec, out, GroupNorm(num_groups, weight, bias, eps, node.size, rec.rule_for(kind), kind), node)
+
+
+def _separable(
+    rec: Recorder, out: Tensor, x: Tensor, kind: str, function: Callable[[Tensor], Tensor], **extra: Any
+) -> Result:
     """Any separable linear map of space, read off two probes: unit rows and unit columns."""
     node = rec.map_of(x)
     height, width = node.size
     # Dividing by the response to a constant along the other axis leaves each axis its own, correctly normalised share.
     ones = function(torch.ones(1, 1, height, width, dtype=torch.float64))
     rows = function(torch.eye(height, dtype=torch.float64)[:, None, :, None].expand(height, 1, height, width))
-    columns = function(torch.eye(width, dtype=torch.float64)[:, None, None, :].expand(width, 1, height, width))
+    columns = function(
+        torch.eye(width, dtype=torch.float64)[:, None, None, :].expand(width, 1, height, width)
+    )
     at_y, at_x = (int(v) for v in torch.nonzero(ones[0, 0] == ones[0, 0].max())[0])
     peak = ones[0, 0, at_y, at_x]
     op = Spatial(
@@ -123,14 +171,20 @@ def avg_pool2d(
 
 
 def adaptive_avg_pool2d(rec: Recorder, out: Tensor, input: Tensor, output_size: Any) -> Result:
-    return _separable(rec, out, input, "avg_pool", partial(F.adaptive_avg_pool2d, output_size=tuple(out.shape[2:])))
+    return _separable(
+        rec, out, input, "avg_pool", partial(F.adaptive_avg_pool2d, output_size=tuple(out.shape[2:]))
+    )
 
 
-def mean(rec: Recorder, out: Tensor, input: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Result:
+def mean(
+    rec: Recorder, out: Tensor, input: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any
+) -> Result:
     return _reduced(rec, out, input, dim, lambda count: 1 / count)
 
 
-def total(rec: Recorder, out: Tensor, input: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Result:
+def total(
+    rec: Recorder, out: Tensor, input: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any
+) -> Result:
     return _reduced(rec, out, input, dim, lambda count: 1.0)
 
 
@@ -149,31 +203,43 @@ def _reduced(rec: Recorder, out: Tensor, x: Tensor, dim: Any, weight: Callable[[
     assert found is not None
     node = rec.graph[found.node]
     channels, height, width = node.shape
-    if found.cells is not None and dims == [2] and torch.equal(found.cells, torch.arange(found.cells.numel()).reshape(channels, -1)):
+    if (
+        found.cells is not None
+        and dims == [2]
+        and torch.equal(found.cells, torch.arange(found.cells.numel()).reshape(channels, -1))
+    ):
         dims = [2, 3]  # x.view(n, c, -1).mean(2)
     elif found.cells is not None:
         if len(dims) != 1:
-            raise UnsupportedOperatorError(f"{rec.here}: no rule for reducing a view {tuple(x.shape)} over dimensions {dims}")
+            raise UnsupportedOperatorError(
+                f"{rec.here}: no rule for reducing a view {tuple(x.shape)} over dimensions {dims}"
+            )
         parts = [layouts.arrange(rec, node, part) for part in found.cells.unbind(dims[0] - 1)]
         if any(isinstance(part, Meaning) and part.layout == "view" for part in parts):
             raise UnsupportedOperatorError(f"{rec.here}: the parts of a sum over dimension {dim} are no maps")
         nodes = [part if isinstance(part, Node) else rec.graph[part.node] for part in parts]
         summed = rec.emit(Add(), nodes, nodes[0].shape)
         factor = torch.full((nodes[0].shape[0],), weight(len(nodes)), dtype=x.dtype, device=x.device)
-        scaled = summed if weight(len(nodes)) == 1 else rec.emit(Affine(factor, None), (summed,), summed.shape)
+        scaled = (
+            summed if weight(len(nodes)) == 1 else rec.emit(Affine(factor, None), (summed,), summed.shape)
+        )
         return layouts.arrange(rec, scaled, torch.arange(math.prod(scaled.shape)).reshape(out.shape[1:]))
     if dims == [1] and not node.vector:
         kernel = torch.full((1, channels, 1, 1), weight(channels), dtype=x.dtype, device=x.device)
         made = rec.emit(Conv2d(kernel, None, (1, 1), (0, 0, 0, 0), (1, 1), 1), (node,), (1, height, width))
     elif set(dims) <= {2, 3}:
         matrices = [
-            torch.full((1, size), weight(size), dtype=torch.float64) if axis in dims else torch.eye(size, dtype=torch.float64)
+            torch.full((1, size), weight(size), dtype=torch.float64)
+            if axis in dims
+            else torch.eye(size, dtype=torch.float64)
             for axis, size in ((2, height), (3, width))
         ]
         shape = (channels, len(matrices[0]), len(matrices[1]))
         made = rec.emit(Spatial(*matrices, kind="avg_pool"), (node,), shape)
     else:
-        raise UnsupportedOperatorError(f"{rec.here}: no rule for reducing {tuple(x.shape)} over dimensions {dims}")
+        raise UnsupportedOperatorError(
+            f"{rec.here}: no rule for reducing {tuple(x.shape)} over dimensions {dims}"
+        )
     return layouts.arrange(rec, made, torch.arange(math.prod(made.shape)).reshape(out.shape[1:]))
 
 
@@ -188,10 +254,19 @@ def interpolate(
     return _separable(rec, out, input, "upsample", function)
 
 
-def pad(rec: Recorder, out: Tensor, input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Result:
+def pad(
+    rec: Recorder,
+    out: Tensor,
+    input: Tensor,
+    pad: Sequence[int],
+    mode: str = "constant",
+    value: float | None = None,
+) -> Result:
     left, right, top, bottom, before, after, *samples = [*(int(p) for p in pad), *[0] * 8][:8]
-    if any(samples) or (before or after) and (mode != "constant" or value):
-        raise UnsupportedOperatorError(f"{rec.here}: only rows and columns may be padded, channels only by zeros (got {tuple(pad)})")
+    if any(samples) or ((before or after) and (mode != "constant" or value)):
+        raise UnsupportedOperatorError(
+            f"{rec.here}: only rows and columns may be padded, channels only by zeros (got {tuple(pad)})"
+        )
     node = rec.map_of(input)
     if before or after:
         channels = torch.arange(-before, node.shape[0] + after)
@@ -218,13 +293,17 @@ def max_pool2d(
     return node if isinstance(out, Tensor) else [node]
 
 
-def adaptive_max_pool2d(rec: Recorder, out: Any, input: Tensor, output_size: Any, return_indices: bool = False) -> Result:
+def adaptive_max_pool2d(
+    rec: Recorder, out: Any, input: Tensor, output_size: Any, return_indices: bool = False
+) -> Result:
     first = out if isinstance(out, Tensor) else out[0]
     node = rec.map_of(input)
     window = []
     for had, gives in zip(node.size, first.shape[2:], strict=True):
         if had % gives:
-            raise UnsupportedOperatorError(f"{rec.here}: {had} cells do not divide into {gives} equal windows")
+            raise UnsupportedOperatorError(
+                f"{rec.here}: {had} cells do not divide into {gives} equal windows"
+            )
         window.append(had // gives)
     kernel = (window[0], window[1])
     made = _out(rec, first, MaxPool2d(kernel, kernel, (0, 0), (1, 1), False), node)
@@ -238,14 +317,24 @@ def amax(rec: Recorder, out: Tensor, input: Tensor, dim: Any = (), keepdim: bool
     if dims == [2, 3]:
         made = rec.emit(MaxPool2d(node.size, node.size, (0, 0), (1, 1), False), (node,), (channels, 1, 1))
     elif dims == [1] and not node.vector:
-        made = rec.emit(Opaque("max", partial(torch.amax, dim=1, keepdim=True), "max"), (node,), (1, height, width))
+        made = rec.emit(
+            Opaque("max", partial(torch.amax, dim=1, keepdim=True), "max"), (node,), (1, height, width)
+        )
     else:
-        raise UnsupportedOperatorError(f"{rec.here}: only the maximum over rows and columns has a rule (got dim={dim})")
+        raise UnsupportedOperatorError(
+            f"{rec.here}: only the maximum over rows and columns has a rule (got dim={dim})"
+        )
     return layouts.arrange(rec, made, torch.arange(math.prod(made.shape)).reshape(out.shape[1:]))
 
 
 def lrn(
-    rec: Recorder, out: Tensor, input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
+    rec: Recorder,
+    out: Tensor,
+    input: Tensor,
+    size: int,
+    alpha: float = 1e-4,
+    beta: float = 0.75,
+    k: float = 1.0,
 ) -> Result:
     jacobian = rec.rule_for("lrn") in ("jacobian", "gradient")
     return _out(rec, out, LocalResponseNorm(size, alpha, beta, k, jacobian), rec.map_of(input))
@@ -267,14 +356,21 @@ def clamp(rec: Recorder, out: Tensor, input: Tensor, min: Any = None, max: Any =
     return _activation(rec, out, input, name, partial(torch.clamp, min=min, max=max))
 
 
-def threshold(rec: Recorder, out: Tensor, input: Tensor, threshold: float, value: float, inplace: bool = False) -> Result:
+def threshold(
+    rec: Recorder, out: Tensor, input: Tensor, threshold: float, value: float, inplace: bool = False
+) -> Result:
     if threshold == 0 and value == 0:
         return relu(rec, out, input)
     return _activation(rec, out, input, "threshold", partial(F.threshold, threshold=threshold, value=value))
 
 
 def hardtanh(
-    rec: Recorder, out: Tensor, input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
+    rec: Recorder,
+    out: Tensor,
+    input: Tensor,
+    min_val: float = -1.0,
+    max_val: float = 1.0,
+    inplace: bool = False,
 ) -> Result:
     name = "relu6" if (min_val, max_val) == (0, 6) else "hardtanh"
     return _activation(rec, out, input, name, partial(F.hardtanh, min_val=min_val, max_val=max_val))
@@ -287,7 +383,13 @@ def maximum(rec: Recorder, out: Any, input: Tensor, other: Any = None, *args: An
         values = out if isinstance(out, Tensor) else out[0]
         return [amax(rec, values, input, () if dim is None else dim), None]
     x, constant = (input, dim) if rec.meaning(input) is not None else (dim, input)
-    if isinstance(constant, Tensor) and rec.meaning(constant) is None and not constant.any() and not args and not kwargs:
+    if (
+        isinstance(constant, Tensor)
+        and rec.meaning(constant) is None
+        and not constant.any()
+        and not args
+        and not kwargs
+    ):
         return relu(rec, out, x)
     raise UnsupportedOperatorError(f"{rec.here}: only the maximum with zero has a rule")
 
@@ -310,7 +412,9 @@ def where(rec: Recorder, out: Tensor, condition: Tensor, input: Any = None, othe
     return relu(rec, out, input)
 
 
-def leaky_relu(rec: Recorder, out: Tensor, input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Result:
+def leaky_relu(
+    rec: Recorder, out: Tensor, input: Tensor, negative_slope: float = 0.01, inplace: bool = False
+) -> Result:
     if negative_slope == 0:
         return relu(rec, out, input)
     return _activation(rec, out, input, "leaky_relu", partial(F.leaky_relu, negative_slope=negative_slope))
@@ -328,21 +432,29 @@ def elementwise(rec: Recorder, out: Tensor, input: Tensor, *args: Any, **kwargs:
     return _activation(rec, out, input, name, partial(function, **kwargs))
 
 
-def softmax(rec: Recorder, out: Tensor, input: Tensor, dim: int | None = None, *args: Any, **kwargs: Any) -> Result:
+def softmax(
+    rec: Recorder, out: Tensor, input: Tensor, dim: int | None = None, *args: Any, **kwargs: Any
+) -> Result:
     name = rec.here.split(" ", 1)[0]
     node = rec.flat_of(input)
     split = tuple(out.shape[1:]) if node.size == (1, 1) else tuple(out.shape[1:-2])
     axis = (1 if dim is None else dim) % out.ndim
     if not 1 <= axis <= len(split):
-        raise UnsupportedOperatorError(f"{rec.here}: only channels may compete (got dim={dim} of {tuple(out.shape)})")
-    return _pointwise(rec, out, Opaque(name, partial(_compete, getattr(torch, name), split, axis), name), node)
+        raise UnsupportedOperatorError(
+            f"{rec.here}: only channels may compete (got dim={dim} of {tuple(out.shape)})"
+        )
+    return _pointwise(
+        rec, out, Opaque(name, partial(_compete, getattr(torch, name), split, axis), name), node
+    )
 
 
 def _compete(function: Callable[..., Tensor], split: tuple[int, ...], axis: int, x: Tensor) -> Tensor:
     return function(x.reshape(x.shape[0], *split, *x.shape[2:]), dim=axis).reshape(x.shape)
 
 
-def _activation(rec: Recorder, out: Tensor, x: Tensor, name: str, function: Callable[[Tensor], Tensor]) -> Result:
+def _activation(
+    rec: Recorder, out: Tensor, x: Tensor, name: str, function: Callable[[Tensor], Tensor]
+) -> Result:
     rule = rec.rule_for(name)
     return _pointwise(rec, out, Activation(name, function, rule, kind=name), rec.flat_of(x))
 
@@ -352,7 +464,15 @@ def constant(rec: Recorder, out: Tensor, input: Tensor, *args: Any, **kwargs: An
     return None
 
 
-def dropout(rec: Recorder, out: Tensor, input: Tensor, p: float = 0.5, training: bool = True, *args: Any, **kwargs: Any) -> Result:
+def dropout(
+    rec: Recorder,
+    out: Tensor,
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    *args: Any,
+    **kwargs: Any,
+) -> Result:
     if kwargs.pop("train", training):
         raise UnsupportedOperatorError(f"{rec.here}: dropout is active; call model.eval() first")
     return rec.meaning(input)
@@ -369,7 +489,11 @@ def add(rec: Recorder, out: Tensor, input: Any, other: Any, *, alpha: float = 1)
         return _affine(rec, out, input, shift=other if alpha == 1 else other * alpha)
     left, right = rec.flat_of(input), rec.flat_of(other)
     if left.shape != right.shape:
-        shape = (max(left.shape[0], right.shape[0]), max(left.shape[1], right.shape[1]), max(left.shape[2], right.shape[2]))
+        shape = (
+            max(left.shape[0], right.shape[0]),
+            max(left.shape[1], right.shape[1]),
+            max(left.shape[2], right.shape[2]),
+        )
         left, right = layouts.broadcast(rec, left, shape), layouts.broadcast(rec, right, shape)
     if alpha != 1:
         factor = torch.full((right.shape[0],), float(alpha), dtype=out.dtype, device=out.device)
@@ -453,9 +577,13 @@ def _gate(rec: Recorder, out: Tensor, left: Node, right: Node) -> Result:
     if cells[0] < cells[1] or (cells[0] == cells[1] and bounded == [True, False]):
         left, right = right, left
     if any(small not in (1, large) for small, large in zip(right.shape, left.shape, strict=True)):
-        raise UnsupportedOperatorError(f"{rec.here}: gate of shape {right.shape} does not fit the map {left.shape}")
+        raise UnsupportedOperatorError(
+            f"{rec.here}: gate of shape {right.shape} does not fit the map {left.shape}"
+        )
     spatial = (right.size[0] == left.size[0], right.size[1] == left.size[1])
-    return _pointwise(rec, out, Gate(spatial, rec.rule_for("gate")) if clear else Product(spatial, None), left, right)
+    return _pointwise(
+        rec, out, Gate(spatial, rec.rule_for("gate")) if clear else Product(spatial, None), left, right
+    )
 
 
 def _affine(rec: Recorder, out: Tensor, x: Tensor, factor: Any = None, shift: Any = None) -> Result:
@@ -476,8 +604,14 @@ def _constant_affine(rec: Recorder, x: Tensor, channels: int, factor: Any, shift
         if t.numel() and bool((t == t.reshape(-1)[0]).all()):
             t = t.reshape(-1)[0]
         shape = (1,) * (x.ndim - t.ndim) + tuple(t.shape)
-        if t.ndim > x.ndim or any(s != 1 for i, s in enumerate(shape) if i != 1) or shape[1] not in (1, channels):
-            raise UnsupportedOperatorError(f"{rec.here}: a constant of shape {tuple(t.shape)} is no per-channel constant")
+        if (
+            t.ndim > x.ndim
+            or any(s != 1 for i, s in enumerate(shape) if i != 1)
+            or shape[1] not in (1, channels)
+        ):
+            raise UnsupportedOperatorError(
+                f"{rec.here}: a constant of shape {tuple(t.shape)} is no per-channel constant"
+            )
         return t.reshape(-1).expand(channels).contiguous()
 
     return Affine(vector(factor), vector(shift))
@@ -485,7 +619,9 @@ def _constant_affine(rec: Recorder, x: Tensor, channels: int, factor: Any, shift
 
 def _constant(rec: Recorder, tensor: Tensor, what: str) -> None:
     if rec.meaning(tensor) is not None:
-        raise UnsupportedOperatorError(f"{rec.here}: {what} depends on the input (dynamic filters have no rule)")
+        raise UnsupportedOperatorError(
+            f"{rec.here}: {what} depends on the input (dynamic filters have no rule)"
+        )
 
 
 RULES: dict[str, Callable[..., Any]] = {
@@ -507,7 +643,7 @@ RULES: dict[str, Callable[..., Any]] = {
         ("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"),
         constant,
     ),
-    "conv2d": conv2d, "linear": linear, "batch_norm": batch_norm, "avg_pool2d": avg_pool2d, "adaptive_avg_pool2d": adaptive_avg_pool2d,
+    "instance_norm": instance_norm, "group_norm": group_norm, "conv2d": conv2d, "linear": linear, "batch_norm": batch_norm, "avg_pool2d": avg_pool2d, "adaptive_avg_pool2d": adaptive_avg_pool2d,
     "mean": mean, "sum": total, "interpolate": interpolate, "upsample": interpolate, "pad": pad, "amax": amax, "local_response_norm": lrn,
     "threshold": threshold, "hardtanh": hardtanh, "where": where, "leaky_relu": leaky_relu, "prelu": prelu,
     "add": add, "sub": sub, "rsub": rsub, "mul": mul, "div": div,

@@ -74,9 +74,13 @@ class Recorder(TorchFunctionMode):
         """The node whose map [N, C, H, W] or vector [N, F] this tensor is."""
         found = self.meaning(tensor)
         if found is None:
-            raise UnsupportedOperatorError(f"{self.here}: {what} does not depend on the network's input as a map")
+            raise UnsupportedOperatorError(
+                f"{self.here}: {what} does not depend on the network's input as a map"
+            )
         if found.layout not in ("map", "vector"):
-            raise UnsupportedOperatorError(f"{self.here}: {what} is no map [N, C, H, W] (shape {tuple(tensor.shape)})")
+            raise UnsupportedOperatorError(
+                f"{self.here}: {what} is no map [N, C, H, W] (shape {tuple(tensor.shape)})"
+            )
         return self.graph[found.node]
 
     def flat_of(self, tensor: Any) -> Node:
@@ -90,8 +94,14 @@ class Recorder(TorchFunctionMode):
         area = height * width
         corners = found.cells.reshape(-1) if area == 1 else found.cells.reshape(-1, area)[:, 0]
         whole = corners[:, None] + torch.arange(area)
-        if area > 1 and tuple(found.cells.shape[-2:]) != (height, width) or not torch.equal(whole.reshape(-1), found.cells.reshape(-1)):
-            raise UnsupportedOperatorError(f"{self.here}: no rule for a tensor of shape {tuple(tensor.shape)} that mixes channels and space")
+        if (
+            (area > 1
+            and tuple(found.cells.shape[-2:]) != (height, width))
+            or not torch.equal(whole.reshape(-1), found.cells.reshape(-1))
+        ):
+            raise UnsupportedOperatorError(
+                f"{self.here}: no rule for a tensor of shape {tuple(tensor.shape)} that mixes channels and space"
+            )
         return self.select(node, corners // area)
 
     def cells_of(self, meaning: Meaning, shape: tuple[int, ...]) -> Tensor:
@@ -100,23 +110,36 @@ class Recorder(TorchFunctionMode):
             return meaning.cells
         node = self.graph[meaning.node]
         numbers = torch.arange(node.shape[0] * node.size[0] * node.size[1])
-        return numbers.reshape(shape) if numbers.numel() == math.prod(shape) else numbers.reshape(node.shape).expand(shape)
+        return (
+            numbers.reshape(shape)
+            if numbers.numel() == math.prod(shape)
+            else numbers.reshape(node.shape).expand(shape)
+        )
 
     def select(self, node: Node, channels: Tensor) -> Node:
         """``channels`` of ``node`` in that order (-1: a channel of zeros)."""
         if torch.equal(channels, torch.arange(node.shape[0])):
             return node
-        return self.emit(SelectChannels(channels.to(self.device), node.shape[0]), (node,), (len(channels), *node.size), node.vector)
+        return self.emit(
+            SelectChannels(channels.to(self.device), node.shape[0]),
+            (node,),
+            (len(channels), *node.size),
+            node.vector,
+        )
 
     def without_meaning(self, tree: Any) -> Any:
         """Arguments of a call that moves cells; tensors among them stand for their shapes alone, or are constants."""
         if isinstance(tree, Tensor):
-            return torch.empty(tree.shape, dtype=torch.int64) if self.meaning(tree) is not None else tree.cpu()
+            return (
+                torch.empty(tree.shape, dtype=torch.int64) if self.meaning(tree) is not None else tree.cpu()
+            )
         if isinstance(tree, (tuple, list)):
             return type(tree)(self.without_meaning(value) for value in tree)
         return {k: self.without_meaning(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
 
-    def emit(self, op: Operator, inputs: Iterable[Node], shape: tuple[int, int, int], vector: bool = False) -> Node:
+    def emit(
+        self, op: Operator, inputs: Iterable[Node], shape: tuple[int, int, int], vector: bool = False
+    ) -> Node:
         """Add a node, named after the innermost module call and the torch function."""
         node = self.graph.add(op, tuple(n.index for n in inputs), shape, vector)
         base = f"{self.stack[-1]}/{self._function}"
@@ -161,7 +184,9 @@ class Recorder(TorchFunctionMode):
                 return result
             rule = self.rules.get(name) or self.rules.get(self._function)
             if rule is None:
-                raise UnsupportedOperatorError(f"{self.here}: no rule for this operator (torch function '{name}')")
+                raise UnsupportedOperatorError(
+                    f"{self.here}: no rule for this operator (torch function '{name}')"
+                )
             try:
                 self._assign(result, rule(self, result, *args, **kwargs))
             except TypeError as error:
@@ -191,7 +216,9 @@ class Recorder(TorchFunctionMode):
             if other is tensor or other.untyped_storage().data_ptr() != storage:
                 continue
             same = (other.data_ptr(), other.shape, other.stride()) == (
-                tensor.data_ptr(), tensor.shape, tensor.stride()
+                tensor.data_ptr(),
+                tensor.shape,
+                tensor.stride(),
             )
             self.meanings[other] = meaning if same else Meaning(-1, "stale")
 
@@ -272,7 +299,20 @@ def record(
 
 
 # Calls that carry values of a tensor into Python, where they could decide anything.
-_LEAKS = frozenset({"item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__", "equal", "allclose"})
+_LEAKS = frozenset(
+    {
+        "item",
+        "tolist",
+        "numpy",
+        "__bool__",
+        "__float__",
+        "__int__",
+        "__index__",
+        "__array__",
+        "equal",
+        "allclose",
+    }
+)
 
 _DUNDERS = {
     "__radd__": "add", "__rmul__": "mul", "__rsub__": "rsub", "__sub__": "sub", "__isub__": "sub", "__add__": "add", "__mul__": "mul",
