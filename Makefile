@@ -33,17 +33,17 @@ test-interpreter: $(VENV)/.stamp-test
 test-main: $(VENV)/.stamp-test
 	$(BIN)/python -m pytest -q -m "not slow"
 
-check: $(VENV)/.stamp-dev
+check: $(VENV)/.stamp-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
-format: $(VENV)/.stamp-dev
+format: $(VENV)/.stamp-test
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
 bench: $(VENV)/.stamp-test
-	$(BIN)/python -m pytest -q benchmarks
+	$(BIN)/python -m benchmarks.table
 
 gpu: $(VENV)/.stamp-test
 	PATH="$(abspath $(BIN)):$$PATH" bash benchmarks/gpu.sh
@@ -60,9 +60,5 @@ $(VENV)/.stamp-demo: $(BIN)/python $(SOURCES)
 	@touch $@
 
 $(VENV)/.stamp-test: $(BIN)/python $(SOURCES)
-	$(INSTALL) '.[test,cli,report,triton]'
-	@touch $@
-
-$(VENV)/.stamp-dev: $(VENV)/.stamp-test
-	$(INSTALL) '.[dev]'
+	$(INSTALL) '.[test,cli,report,triton,dev]'
 	@touch $@

@@ -1,5 +1,5 @@
-// Shared by the two modules: how a bound function runs its launcher and turns an error code into an exception.
-// kernels/<op>/bind.h holds `template <class Backend> void register_<op>(py::module_&, launcher)`.
+// Shared by the two modules: how a bound function runs its launcher and turns an error code into an
+// exception. kernels/<op>/bind.h holds `template <class Backend> void register_<op>(py::module_&, launcher)`.
 #pragma once
 
 #include <string>
@@ -19,7 +19,8 @@ struct Cpu {
   };
 };
 
-// Runs `launch` without the GIL on the device of the arguments; raises, except for an invalid switch, which it returns.
+// Runs `launch` without the GIL on the device of the arguments; raises, except for an invalid switch, which
+// it returns.
 template <class Backend, class Params>
 int run(int (*launch)(const Params*, typename Backend::Context), const Params& params, int device_id,
         std::intptr_t context) {

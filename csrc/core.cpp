@@ -20,7 +20,8 @@ void advise_huge_pages([[maybe_unused]] std::uintptr_t address, [[maybe_unused]]
 #if defined(__linux__)
   constexpr std::uintptr_t page = std::uintptr_t{2} << 20;
   const std::uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice may be refused
+  if (end > begin)
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice may be refused
 #endif
 }
 
@@ -45,7 +46,8 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   m.def(
       "select_isa",
       [](const std::string& name) {
-        if (!select_isa(name.c_str())) throw py::value_error("instruction set '" + name + "' is not available here");
+        if (!select_isa(name.c_str()))
+          throw py::value_error("instruction set '" + name + "' is not available here");
       },
       py::arg("name"), "Choose the instruction set for this process.");
   m.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"));

@@ -1,5 +1,5 @@
-// The part of the DLPack 1.x ABI that conelens speaks, so that neither torch nor the dlpack package is needed to build.
-// Layouts are fixed by https://dmlc.github.io/dlpack; the assertions below hold this copy to them.
+// The part of the DLPack 1.x ABI that conelens speaks, so that neither torch nor the dlpack package is needed
+// to build. Layouts are fixed by https://dmlc.github.io/dlpack; the assertions below hold this copy to them.
 #pragma once
 
 #include <cstddef>
@@ -51,7 +51,8 @@ struct ManagedTensorVersioned {
 };
 constexpr uint64_t kReadOnly = 1;
 
-// The C exchange table of `type.__dlpack_c_exchange_api__` (torch >= 2.10): borrowing costs tens of nanoseconds.
+// The C exchange table of `type.__dlpack_c_exchange_api__` (torch >= 2.10): borrowing costs tens of
+// nanoseconds.
 struct ExchangeApi {
   Version version;
   ExchangeApi* previous;
@@ -63,7 +64,8 @@ struct ExchangeApi {
 };
 
 static_assert(sizeof(Tensor) == 48 && sizeof(ManagedTensor) == 64 && sizeof(ManagedTensorVersioned) == 80);
-static_assert(offsetof(ManagedTensorVersioned, flags) == 24 && offsetof(ManagedTensorVersioned, tensor) == 32);
+static_assert(offsetof(ManagedTensorVersioned, flags) == 24 &&
+              offsetof(ManagedTensorVersioned, tensor) == 32);
 static_assert(sizeof(ExchangeApi) == 56 && offsetof(ExchangeApi, borrow_from_object) == 40);
 
 }  // namespace conelens::dlpack

@@ -31,7 +31,9 @@ struct BFloat16 {
   return bits;
 }
 
-[[maybe_unused]] inline float to_float(BFloat16 value) { return bits_to_float(uint32_t{value.bits} << 16); }
+[[maybe_unused]] inline float to_float(BFloat16 value) {
+  return bits_to_float(uint32_t{value.bits} << 16);
+}
 [[maybe_unused]] inline float to_float(Half value) {
 #if defined(__F16C__)
   return _cvtsh_ss(value.bits);

@@ -1,29 +1,30 @@
-// The C launchers of the CPU: each picks its kernel's copy for the active instruction set. One line per kernel.
+// The C launchers of the CPU: each picks its kernel's copy for the active instruction set. One line per
+// kernel.
 #include "conelens.h"
 #include "isa.h"
 
 #if defined(CONELENS_X86)
-#define CONELENS_CPU_LAUNCHER(kernel, params)                                                        \
-  namespace conelens::cpu {                                                                          \
-  namespace baseline {                                                                               \
-  int kernel(const params&, int);                                                                    \
-  }                                                                                                  \
-  namespace avx2 {                                                                                   \
-  int kernel(const params&, int);                                                                    \
-  }                                                                                                  \
-  namespace avx512 {                                                                                 \
-  int kernel(const params&, int);                                                                    \
-  }                                                                                                  \
-  }                                                                                                  \
-  extern "C" int conelens_##kernel##_cpu(const params* p, int threads) {                             \
-    switch (conelens::active_isa()) {                                                                \
-      case conelens::Isa::avx512:                                                                    \
-        return conelens::cpu::avx512::kernel(*p, threads);                                           \
-      case conelens::Isa::avx2:                                                                      \
-        return conelens::cpu::avx2::kernel(*p, threads);                                             \
-      default:                                                                                       \
-        return conelens::cpu::baseline::kernel(*p, threads);                                         \
-    }                                                                                                \
+#define CONELENS_CPU_LAUNCHER(kernel, params)                            \
+  namespace conelens::cpu {                                              \
+  namespace baseline {                                                   \
+  int kernel(const params&, int);                                        \
+  }                                                                      \
+  namespace avx2 {                                                       \
+  int kernel(const params&, int);                                        \
+  }                                                                      \
+  namespace avx512 {                                                     \
+  int kernel(const params&, int);                                        \
+  }                                                                      \
+  }                                                                      \
+  extern "C" int conelens_##kernel##_cpu(const params* p, int threads) { \
+    switch (conelens::active_isa()) {                                    \
+      case conelens::Isa::avx512:                                        \
+        return conelens::cpu::avx512::kernel(*p, threads);               \
+      case conelens::Isa::avx2:                                          \
+        return conelens::cpu::avx2::kernel(*p, threads);                 \
+      default:                                                           \
+        return conelens::cpu::baseline::kernel(*p, threads);             \
+    }                                                                    \
   }
 #else
 #define CONELENS_CPU_LAUNCHER(kernel, params)                            \

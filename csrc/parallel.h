@@ -1,4 +1,5 @@
-// parallel_for: the one place with threads. No parallel region at one thread, so that forked children never hang.
+// parallel_for: the one place with threads. No parallel region at one thread, so that forked children never
+// hang.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +11,8 @@
 namespace conelens {
 namespace {  // internal linkage: each ISA's objects keep their own copy
 
-// body(begin, end) over [0, n), at most `threads` ranges of at least `grain`. Ranges depend on n, grain, threads only.
+// body(begin, end) over [0, n), at most `threads` ranges of at least `grain`. Ranges depend on n, grain,
+// threads only.
 template <class Body>
 void parallel_for(int64_t n, int64_t grain, int threads, const Body& body) {
   if (n <= 0) return;

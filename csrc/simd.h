@@ -1,5 +1,6 @@
-// Vectors of the compiler (GCC, Clang), as wide as the instruction set at hand: plain operators and shuffles, which
-// the compiler turns into the set's instructions. One lane is a plain number, so that edges share the same code.
+// Vectors of the compiler (GCC, Clang), as wide as the instruction set at hand: plain operators and shuffles,
+// which the compiler turns into the set's instructions. One lane is a plain number, so that edges share the
+// same code.
 #pragma once
 
 #include <cstdint>
@@ -66,8 +67,8 @@ struct UintOfBytes<8> {
 template <class T>
 using IntLike = std::make_signed_t<typename UintOfBytes<sizeof(T)>::type>;
 
-// Element-wise conversion between unsigned integers, by a factor of two per step: compilers have instructions for
-// that, and take lanes apart for more.
+// Element-wise conversion between unsigned integers, by a factor of two per step: compilers have instructions
+// for that, and take lanes apart for more.
 template <int lanes, class To, class From>
 CONELENS_INLINE Vec<To, lanes> convert(const Vec<From, lanes>& v) {
   if constexpr (lanes == 1) {
@@ -102,7 +103,8 @@ CONELENS_INLINE Vec<T, lanes> load_second(const T* from) {
     return from[odd];
   } else {
     using V = Vec<T, lanes>;
-    return every_second<odd>(load_vec<V>(from), load_vec<V>(from + lanes), std::make_integer_sequence<int, lanes>{});
+    return every_second<odd>(load_vec<V>(from), load_vec<V>(from + lanes),
+                             std::make_integer_sequence<int, lanes>{});
   }
 }
 
@@ -118,8 +120,8 @@ CONELENS_INLINE void store_alternate(T* to, const V& even, const V& odd) {
   }
 }
 
-// Runs body(Lanes<n>{}, first) over `count` items in vectors of n = `lanes`, of fewer where they fill none; the last
-// vector overlaps its neighbour, so that the body must only write what it computes afresh.
+// Runs body(Lanes<n>{}, first) over `count` items in vectors of n = `lanes`, of fewer where they fill none;
+// the last vector overlaps its neighbour, so that the body must only write what it computes afresh.
 template <int n>
 struct Lanes {
   static constexpr int value = n;

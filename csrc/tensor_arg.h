@@ -1,5 +1,5 @@
-// TensorArg: a tensor argument of a native function, taken from any DLPack speaker for the length of the call.
-// The way to a type's tensors is found once: torch's C exchange table, else `__dlpack__`.
+// TensorArg: a tensor argument of a native function, taken from any DLPack speaker for the length of the
+// call. The way to a type's tensors is found once: torch's C exchange table, else `__dlpack__`.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -50,7 +50,8 @@ class TensorArg {
     for (std::size_t i = 0; i < n; ++i) strides[i] = stride(static_cast<int>(i));
   }
 
-  // --- checks; each names the argument, what came and what is wanted -------------------------------------------
+  // --- checks; each names the argument, what came and what is wanted
+  // -------------------------------------------
 
   void expect_device(const char* name, int32_t type) const {
     if (tensor_.device.type != type)
@@ -67,7 +68,8 @@ class TensorArg {
     if (!same) fail(name, "has shape " + text(shape()) + ", wanted " + text(wanted));
   }
   void expect_ndim(const char* name, int wanted) const {
-    if (ndim() != wanted) fail(name, "has shape " + text(shape()) + ", wanted " + std::to_string(wanted) + " axes");
+    if (ndim() != wanted)
+      fail(name, "has shape " + text(shape()) + ", wanted " + std::to_string(wanted) + " axes");
   }
   void expect_writable(const char* name) const {
     if (read_only_) fail(name, "is read-only");
@@ -83,7 +85,8 @@ class TensorArg {
     fail(name, "has DLPack dtype " + dtype_text() + ", wanted float32, float16, bfloat16 or float64");
   }
   void expect_float_dtype(const char* name, int32_t wanted) const {
-    if (float_dtype(name) != wanted) fail(name, "has DLPack dtype " + dtype_text() + ", wanted that of the first argument");
+    if (float_dtype(name) != wanted)
+      fail(name, "has DLPack dtype " + dtype_text() + ", wanted that of the first argument");
   }
   // bytes per element of an integer tensor that has one of two forms
   int32_t integer_bytes(const char* name, dlpack::DataType first, dlpack::DataType second) const {
@@ -112,7 +115,8 @@ class TensorArg {
   }
   std::string dtype_text() const { return dtype_text(tensor_.dtype); }
   static std::string dtype_text(dlpack::DataType t) {
-    return std::to_string(t.code) + ":" + std::to_string(t.bits) + (t.lanes == 1 ? "" : "x" + std::to_string(t.lanes));
+    return std::to_string(t.code) + ":" + std::to_string(t.bits) +
+           (t.lanes == 1 ? "" : "x" + std::to_string(t.lanes));
   }
 
   // Types seen so far and their tables (null: none). A few entries; types live as long as the process.
@@ -126,7 +130,8 @@ class TensorArg {
     for (const Entry& entry : seen)
       if (entry.type == type) return entry.api;
     const dlpack::ExchangeApi* api = nullptr;
-    if (PyObject* capsule = PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__")) {
+    if (PyObject* capsule =
+            PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__")) {
       api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
       Py_DECREF(capsule);
       if (!api || api->version.major != 1) api = nullptr;
@@ -159,7 +164,8 @@ class TensorArg {
 
   dlpack::Tensor tensor_{};
   bool read_only_ = false;
-  py::object capsule_;  // keeps a capsule's tensor alive for the call; its own destructor frees it, as it stays unused
+  py::object capsule_;  // keeps a capsule's tensor alive for the call; its own destructor frees it, as it
+                        // stays unused
 };
 
 }  // namespace conelens

@@ -1,5 +1,5 @@
-/* What every conelens kernel shares with its callers, in C: dtypes, error codes, and the mark for index arithmetic
- * that host and device both use. Sizes and strides are int64; strides count elements. */
+/* What every conelens kernel shares with its callers, in C: dtypes, error codes, and the mark for index
+ * arithmetic that host and device both use. Sizes and strides are int64; strides count elements. */
 #ifndef CONELENS_TYPES_H
 #define CONELENS_TYPES_H
 

@@ -11,8 +11,8 @@ void register_max_pool2d_with_switches(py::module_& m, int (*launch)(const conel
                                                                      typename Backend::Context)) {
   m.def(
       "max_pool2d_with_switches",
-      [launch](const TensorArg& x, const TensorArg& pooled, const TensorArg& switches, Pair kernel, Pair stride,
-               Pair padding, Pair dilation, bool relu, std::intptr_t context) {
+      [launch](const TensorArg& x, const TensorArg& pooled, const TensorArg& switches, Pair kernel,
+               Pair stride, Pair padding, Pair dilation, bool relu, std::intptr_t context) {
         conelens_max_pool2d_params p{};
         x.expect_ndim("x", 4);
         x.expect_device("x", Backend::device_type);
@@ -42,7 +42,8 @@ void register_max_pool2d_with_switches(py::module_& m, int (*launch)(const conel
         }
         copy_pair(p.kernel, kernel), copy_pair(p.stride, stride);
         copy_pair(p.padding, padding), copy_pair(p.dilation, dilation);
-        x.copy_strides(p.x_stride), pooled.copy_strides(p.pooled_stride), switches.copy_strides(p.switches_stride);
+        x.copy_strides(p.x_stride), pooled.copy_strides(p.pooled_stride),
+            switches.copy_strides(p.switches_stride);
         p.x = x.data(), p.pooled = pooled.data(), p.switches = switches.data();
         p.relu = relu;
         if (p.batch * p.channels > 0) run<Backend>(launch, p, x.device_id(), context);

@@ -1,8 +1,8 @@
 // max_pool2d_with_switches on the CPU, compiled once per instruction set. Rules: README.md.
 //
-// One window routine serves all: it compares whole vectors of windows, which lie side by side along a row (columns
-// adjacent in memory) or across channels (channels_last). Row ends that fill no vector redo a few windows; windows
-// over the padding run one lane wide.
+// One window routine serves all: it compares whole vectors of windows, which lie side by side along a row
+// (columns adjacent in memory) or across channels (channels_last). Row ends that fill no vector redo a few
+// windows; windows over the padding run one lane wide.
 #include "dtype.h"
 #include "max_pool2d_with_switches.h"
 #include "parallel.h"
@@ -13,8 +13,9 @@ namespace {
 
 using Params = conelens_max_pool2d_params;
 
-// What is compared: float and double themselves; 16-bit floats as integers of the same order, so that no conversion
-// is needed and twice as many fit a vector. Both zeros are 0 there and every NaN is the largest integer.
+// What is compared: float and double themselves; 16-bit floats as integers of the same order, so that no
+// conversion is needed and twice as many fit a vector. Both zeros are 0 there and every NaN is the largest
+// integer.
 template <class T, int lanes>
 struct Order {
   using Cell = T;
@@ -46,10 +47,11 @@ template <int lanes>
 struct Order<BFloat16, lanes> : Order16<lanes, 0x7f80> {};
 
 // The cells under one tap of `lanes` neighbouring windows, whose first cells are `from`, `from + step`, ...
-// step 1 and 2 use whole vector loads. Step 2 takes odd lanes from one cell earlier wherever `tap_offset` allows it,
-// because even lanes read one cell too far.
+// step 1 and 2 use whole vector loads. Step 2 takes odd lanes from one cell earlier wherever `tap_offset`
+// allows it, because even lanes read one cell too far.
 template <class Cell, int lanes, int step>
-CONELENS_INLINE Vec<Cell, lanes> load_tap(const Cell* from, int64_t tap_offset, int64_t any_step, bool may_overread) {
+CONELENS_INLINE Vec<Cell, lanes> load_tap(const Cell* from, int64_t tap_offset, int64_t any_step,
+                                          bool may_overread) {
   if constexpr (lanes == 1) {
     return from[tap_offset];
   } else if constexpr (step == 1) {
@@ -69,11 +71,11 @@ struct Taps {
   int64_t y0, y1, x0, x1, width;
 };
 
-// Compares the taps in row-major order: the first maximum wins, or else the last NaN. `load(ky, kx)` gives the cells.
-// Rectifying the first value is enough: only larger ones replace it.
+// Compares the taps in row-major order: the first maximum wins, or else the last NaN. `load(ky, kx)` gives
+// the cells. Rectifying the first value is enough: only larger ones replace it.
 template <class T, int lanes, int fixed_width, class Load>
-CONELENS_INLINE void pool_windows(const Taps& taps, bool relu, const Load& load, T* pooled, uint8_t* switches8,
-                                  int32_t* switches32) {
+CONELENS_INLINE void pool_windows(const Taps& taps, bool relu, const Load& load, T* pooled,
+                                  uint8_t* switches8, int32_t* switches32) {
   using O = Order<T, lanes>;
   using Cell = typename O::Cell;
   using Key = typename O::Key;
@@ -111,7 +113,8 @@ CONELENS_INLINE void pool_windows(const Taps& taps, bool relu, const Load& load,
 template <class T>
 constexpr int full_lanes = kVectorBytes / static_cast<int>(sizeof(T));
 
-// --- columns side by side ---------------------------------------------------------------------------------------------
+// --- columns side by side
+// ---------------------------------------------------------------------------------------------
 
 // Pooled columns [begin, end) whose taps all lie inside the map, and which vectors may thus do.
 struct Interior {
@@ -119,7 +122,8 @@ struct Interior {
 };
 Interior interior(const Params& p) {
   const int64_t step = p.stride[1], padding = p.padding[1], reach = p.dilation[1] * (p.kernel[1] - 1);
-  // with stride 2 even lanes read one cell past their last: with one tap per row that cell may lie past the map
+  // with stride 2 even lanes read one cell past their last: with one tap per row that cell may lie past the
+  // map
   const bool vectors = p.switch_bytes == 1 && (step != 2 || p.kernel[1] > 1);
   const int64_t begin = (padding + step - 1) / step;
   int64_t end = vectors && p.width + padding > reach ? (p.width - 1 + padding - reach) / step + 1 : 0;
@@ -147,7 +151,8 @@ void pool_row(const Params& p, const Interior& inner, const T* x, int64_t row, T
     const auto load = [&](int64_t ky, int64_t kx) {
       return load_tap<Cell, n, step>(first_row + ky * row_stride + start_x, kx * spread, step_x, kx == 0);
     };
-    pool_windows<T, n, fixed_width>(taps, p.relu, load, pooled + column, switches8 ? switches8 + column : nullptr,
+    pool_windows<T, n, fixed_width>(taps, p.relu, load, pooled + column,
+                                    switches8 ? switches8 + column : nullptr,
                                     switches32 ? switches32 + column : nullptr);
   };
   const auto edge = [&](int64_t column) {
@@ -158,7 +163,8 @@ void pool_row(const Params& p, const Interior& inner, const T* x, int64_t row, T
     at(Lanes<1>{}, column, taps);
   };
   for (int64_t column = 0; column < inner.begin; ++column) edge(column);
-  in_vectors<full_lanes<T>>(inner.end - inner.begin, [&](auto lanes, int64_t i) { at(lanes, inner.begin + i, all); });
+  in_vectors<full_lanes<T>>(inner.end - inner.begin,
+                            [&](auto lanes, int64_t i) { at(lanes, inner.begin + i, all); });
   for (int64_t column = inner.end; column < p.out_width; ++column) edge(column);
 }
 
@@ -175,12 +181,14 @@ void pool_planes(const Params& p, int threads) {
       T* pooled = static_cast<T*>(p.pooled) + n * p.pooled_stride[0] + c * p.pooled_stride[1] +
                   row * p.pooled_stride[2];
       const int64_t at = n * p.switches_stride[0] + c * p.switches_stride[1] + row * p.switches_stride[2];
-      pool_row<T, step, fixed_width>(p, inner, x, row, pooled, static_cast<char*>(p.switches) + at * p.switch_bytes);
+      pool_row<T, step, fixed_width>(p, inner, x, row, pooled,
+                                     static_cast<char*>(p.switches) + at * p.switch_bytes);
     }
   });
 }
 
-// --- channels side by side --------------------------------------------------------------------------------------------
+// --- channels side by side
+// --------------------------------------------------------------------------------------------
 
 template <class T>
 void pool_channels(const Params& p, int threads) {
@@ -189,7 +197,8 @@ void pool_channels(const Params& p, int threads) {
   const int64_t grain = 1 + 16384 / (p.channels * p.kernel[0] * p.kernel[1]);
   parallel_for(cells, grain, threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t column = i % p.out_width, row = i / p.out_width % p.out_height, n = i / p.out_width / p.out_height;
+      const int64_t column = i % p.out_width, row = i / p.out_width % p.out_height,
+                    n = i / p.out_width / p.out_height;
       const int64_t start_y = row * p.stride[0] - p.padding[0], start_x = column * p.stride[1] - p.padding[1];
       const Taps taps{pool::first_tap(start_y, p.dilation[0]),
                       pool::end_tap(start_y, p.dilation[0], p.kernel[0], p.height),
@@ -199,7 +208,8 @@ void pool_channels(const Params& p, int threads) {
                            start_x * p.x_stride[3];
       T* pooled = static_cast<T*>(p.pooled) + n * p.pooled_stride[0] + row * p.pooled_stride[2] +
                   column * p.pooled_stride[3];
-      const int64_t to = n * p.switches_stride[0] + row * p.switches_stride[2] + column * p.switches_stride[3];
+      const int64_t to =
+          n * p.switches_stride[0] + row * p.switches_stride[2] + column * p.switches_stride[3];
       uint8_t* switches8 = p.switch_bytes == 1 ? static_cast<uint8_t*>(p.switches) + to : nullptr;
       int32_t* switches32 = p.switch_bytes == 1 ? nullptr : static_cast<int32_t*>(p.switches) + to;
       const auto at = [&](auto lanes, int64_t c) {

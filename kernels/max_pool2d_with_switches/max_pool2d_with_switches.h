@@ -19,7 +19,8 @@ typedef struct conelens_max_pool2d_params {
 #ifdef __cplusplus
 namespace conelens::pool {
 
-/* Window that starts at cell `start` (may be negative): its taps [first_tap, end_tap) lie inside a map of `size`. */
+/* Window that starts at cell `start` (may be negative): its taps [first_tap, end_tap) lie inside a map of
+ * `size`. */
 CONELENS_HD int64_t first_tap(int64_t start, int64_t dilation) {
   return start >= 0 ? 0 : (dilation - 1 - start) / dilation;
 }

@@ -10,8 +10,8 @@ namespace conelens {
 
 template <class Backend>
 void fill_max_unpool2d(conelens_max_unpool2d_params& p, const TensorArg& pooled, const TensorArg& switches,
-                       const TensorArg& out, Pair kernel, Pair stride, Pair padding, Pair dilation, Pair output_size,
-                       const std::optional<TensorArg>& origin) {
+                       const TensorArg& out, Pair kernel, Pair stride, Pair padding, Pair dilation,
+                       Pair output_size, const std::optional<TensorArg>& origin) {
   pooled.expect_ndim("pooled", 4);
   pooled.expect_device("pooled", Backend::device_type);
   p.dtype = pooled.float_dtype("pooled");
@@ -40,7 +40,8 @@ void fill_max_unpool2d(conelens_max_unpool2d_params& p, const TensorArg& pooled,
   copy_pair(p.map_size, output_size);
   copy_pair(p.kernel, kernel), copy_pair(p.stride, stride);
   copy_pair(p.padding, padding), copy_pair(p.dilation, dilation);
-  pooled.copy_strides(p.pooled_stride), switches.copy_strides(p.switches_stride), out.copy_strides(p.out_stride);
+  pooled.copy_strides(p.pooled_stride), switches.copy_strides(p.switches_stride),
+      out.copy_strides(p.out_stride);
   p.pooled = pooled.data(), p.switches = switches.data(), p.out = out.data();
 }
 
@@ -53,26 +54,28 @@ void register_max_unpool2d(py::module_& m, MaxUnpool2dLauncher<Backend> launch,
   // false: a switch was invalid (found on the CPU only); the caller names it
   m.def(
       "max_unpool2d",
-      [launch](const TensorArg& pooled, const TensorArg& switches, const TensorArg& out, Pair kernel, Pair stride,
-               Pair padding, Pair dilation, Pair output_size, bool relu, const std::optional<TensorArg>& origin,
-               std::intptr_t context) {
+      [launch](const TensorArg& pooled, const TensorArg& switches, const TensorArg& out, Pair kernel,
+               Pair stride, Pair padding, Pair dilation, Pair output_size, bool relu,
+               const std::optional<TensorArg>& origin, std::intptr_t context) {
         conelens_max_unpool2d_params p{};
-        fill_max_unpool2d<Backend>(p, pooled, switches, out, kernel, stride, padding, dilation, output_size, origin);
+        fill_max_unpool2d<Backend>(p, pooled, switches, out, kernel, stride, padding, dilation, output_size,
+                                   origin);
         out.expect_writable("out");
         p.relu = relu;
         if (p.batch * p.channels == 0) return true;
         return run<Backend>(launch, p, pooled.device_id(), context) == CONELENS_OK;
       },
       py::arg("pooled"), py::arg("switches"), py::arg("out"), py::arg("kernel_size"), py::arg("stride"),
-      py::arg("padding"), py::arg("dilation"), py::arg("output_size"), py::arg("relu"), py::arg("origin").none(true),
-      py::arg("context"));
+      py::arg("padding"), py::arg("dilation"), py::arg("output_size"), py::arg("relu"),
+      py::arg("origin").none(true), py::arg("context"));
   m.def(
       "max_unpool2d_backward",
       [launch_backward](const TensorArg& grad, const TensorArg& switches, const TensorArg& out, Pair kernel,
                         Pair stride, Pair padding, Pair dilation, Pair output_size,
                         const std::optional<TensorArg>& origin, std::intptr_t context) {
         conelens_max_unpool2d_params p{};
-        fill_max_unpool2d<Backend>(p, out, switches, grad, kernel, stride, padding, dilation, output_size, origin);
+        fill_max_unpool2d<Backend>(p, out, switches, grad, kernel, stride, padding, dilation, output_size,
+                                   origin);
         out.expect_writable("out");
         if (p.batch * p.channels > 0) run<Backend>(launch_backward, p, out.device_id(), context);
       },

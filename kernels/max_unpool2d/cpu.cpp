@@ -1,8 +1,9 @@
 // max_unpool2d on the CPU, compiled once per instruction set. Rules: README.md.
 //
-// Gather form: every output cell collects the pooled cells that reach it, in row-major order, so the sum has one order
-// and nothing is written twice. Rows are made from whole vectors of pooled cells: with stride 2 their even and odd
-// output cells are computed apart and interleaved; with channels_last a vector holds channels of one cell.
+// Gather form: every output cell collects the pooled cells that reach it, in row-major order, so the sum has
+// one order and nothing is written twice. Rows are made from whole vectors of pooled cells: with stride 2
+// their even and odd output cells are computed apart and interleaved; with channels_last a vector holds
+// channels of one cell.
 #include "dtype.h"
 #include "max_unpool2d.h"
 #include "parallel.h"
@@ -16,7 +17,8 @@ using unpool::Axis;
 
 constexpr int64_t kGrain = 16384;  // output cells from which a thread is worth waking
 
-// --- sums: of values in their own type, of halves in float, or of halves as bits where windows cannot overlap --------
+// --- sums: of values in their own type, of halves in float, or of halves as bits where windows cannot
+// overlap --------
 
 template <class T, int n, bool overlap>
 struct Sum {  // float, double
@@ -67,8 +69,8 @@ constexpr int full_lanes = kVectorBytes / static_cast<int>(sizeof(typename Sum<T
 
 // sum + (switch == tap ? value : 0)
 template <class S, int n>
-CONELENS_INLINE typename S::V collect(typename S::V sum, const typename S::Cell* pooled, const uint8_t* switches,
-                                      int64_t tap) {
+CONELENS_INLINE typename S::V collect(typename S::V sum, const typename S::Cell* pooled,
+                                      const uint8_t* switches, int64_t tap) {
   using Index = Vec<IntLike<typename S::Lane>, n>;
   using V = typename S::V;
   using Bits = typename UintOfBytes<sizeof(typename S::Lane)>::type;
@@ -77,7 +79,8 @@ CONELENS_INLINE typename S::V collect(typename S::V sum, const typename S::Cell*
   return S::add(sum, here == static_cast<IntLike<typename S::Lane>>(tap) ? value : V{});
 }
 
-// --- switches that point nowhere --------------------------------------------------------------------------------------
+// --- switches that point nowhere
+// --------------------------------------------------------------------------------------
 
 // Windows [begin, end) along an axis have all their taps inside the map.
 struct Interior {
@@ -101,7 +104,8 @@ bool all_in_window(const Switch* switches, int64_t count, int64_t taps) {
   return smallest >= 0 && largest < taps;
 }
 
-// Switches that are whole rows of pooled cells: `lines` of them lie at sample, channel and row of their number.
+// Switches that are whole rows of pooled cells: `lines` of them lie at sample, channel and row of their
+// number.
 template <class Switch>
 struct SwitchCheck {
   const Params& p;
@@ -121,8 +125,8 @@ struct SwitchCheck {
 
   bool line_valid(int64_t line) const {
     const int64_t y = line % p.height, c = line / p.height % channels, n = line / p.height / channels;
-    const Switch* at = static_cast<const Switch*>(p.switches) + n * p.switches_stride[0] + c * p.switches_stride[1] +
-                       y * p.switches_stride[2];
+    const Switch* at = static_cast<const Switch*>(p.switches) + n * p.switches_stride[0] +
+                       c * p.switches_stride[1] + y * p.switches_stride[2];
     const int64_t step = p.switches_stride[3], depth = channels_last ? p.channels : 1;
     const int64_t taps = p.kernel[0] * p.kernel[1];
     bool valid = true;
@@ -144,12 +148,14 @@ struct SwitchCheck {
   // the check of lines [part * lines / parts, (part + 1) * lines / parts): each once over all parts
   bool part_valid(int64_t part, int64_t parts) const {
     bool valid = true;
-    for (int64_t line = part * lines / parts; line < (part + 1) * lines / parts; ++line) valid &= line_valid(line);
+    for (int64_t line = part * lines / parts; line < (part + 1) * lines / parts; ++line)
+      valid &= line_valid(line);
     return valid;
   }
 };
 
-// --- one cell, any geometry: edges, rare strides, int32 switches ------------------------------------------------------
+// --- one cell, any geometry: edges, rare strides, int32 switches
+// ------------------------------------------------------
 
 template <class T>
 T collect_cell(const Params& p, const Axis& rows, const Axis& columns, const T* pooled, const void* switches,
@@ -163,8 +169,8 @@ T collect_cell(const Params& p, const Axis& rows, const Axis& columns, const T* 
       const int64_t x = unpool::source(columns, column, kx);
       if (x < 0) continue;
       const int64_t at = y * p.switches_stride[2] + x * p.switches_stride[3], tap = ky * columns.kernel + kx;
-      const int64_t here =
-          p.switch_bytes == 1 ? static_cast<const uint8_t*>(switches)[at] : static_cast<const int32_t*>(switches)[at];
+      const int64_t here = p.switch_bytes == 1 ? static_cast<const uint8_t*>(switches)[at]
+                                               : static_cast<const int32_t*>(switches)[at];
       if (here == tap) sum += E::load(pooled[y * p.pooled_stride[2] + x * p.pooled_stride[3]]);
     }
   }
@@ -172,7 +178,8 @@ T collect_cell(const Params& p, const Axis& rows, const Axis& columns, const T* 
   return E::store(sum);
 }
 
-// --- columns side by side ---------------------------------------------------------------------------------------------
+// --- columns side by side
+// ---------------------------------------------------------------------------------------------
 
 // The pooled rows that reach an output row, upper first, with the first tap of that row of the window.
 struct Source {
@@ -180,7 +187,8 @@ struct Source {
 };
 constexpr int kMaxSources = 16;
 
-// Upper bound of the windows that reach one output cell along an axis: its taps, or fewer where windows move on faster.
+// Upper bound of the windows that reach one output cell along an axis: its taps, or fewer where windows move
+// on faster.
 int64_t most_sources(const Params& p, int axis) {
   const int64_t reach = p.dilation[axis] * (p.kernel[axis] - 1) / p.stride[axis] + 1;
   return reach < p.kernel[axis] ? reach : p.kernel[axis];
@@ -198,7 +206,8 @@ int find_sources(const Params& p, const Axis& rows, const Axis& columns, int64_t
 // Output cells that pooled columns [first, first + n) make with stride 2: columns 2 * first - shift onwards.
 template <class T, int n, int width, bool overlap>
 CONELENS_INLINE void stride2_cells(const Source* sources, int count, bool relu, const void* pooled,
-                                   const uint8_t* switches, int64_t first, typename Sum<T, n, overlap>::Cell* out) {
+                                   const uint8_t* switches, int64_t first,
+                                   typename Sum<T, n, overlap>::Cell* out) {
   using S = Sum<T, n, overlap>;
   typename S::V even{}, odd{};
   for (int i = 0; i < count; ++i) {
@@ -212,7 +221,8 @@ CONELENS_INLINE void stride2_cells(const Source* sources, int count, bool relu, 
   store_alternate<typename S::Cell, n>(out, S::result(even), S::result(odd));
 }
 
-// Output cells from column `first + shift`..., stride 1: pooled column = output column + shift - dilation * kx.
+// Output cells from column `first + shift`..., stride 1: pooled column = output column + shift - dilation *
+// kx.
 template <class T, int n>
 CONELENS_INLINE void stride1_cells(const Source* sources, int count, bool relu, const void* pooled,
                                    const uint8_t* switches, const Axis& columns, int64_t column,
@@ -240,7 +250,8 @@ T edge_cell(const Params& p, const Source* sources, int count, const Axis& colum
       const int64_t offset = column + columns.shift - columns.dilation * kx;
       if (offset < 0 || offset % step != 0 || offset / step >= columns.pooled) continue;
       const int64_t x = offset / step;
-      if (switches[sources[i].switches + x] == sources[i].tap + kx) sum += E::load(pooled[sources[i].pooled + x]);
+      if (switches[sources[i].switches + x] == sources[i].tap + kx)
+        sum += E::load(pooled[sources[i].pooled + x]);
     }
   if (p.relu && sum < 0) sum = 0;
   return E::store(sum);
@@ -248,46 +259,52 @@ T edge_cell(const Params& p, const Source* sources, int count, const Axis& colum
 
 // Output row in vectors of stride-2 pairs; cells that no whole vector reaches are done one by one.
 template <class T, int width, bool overlap>
-void stride2_row(const Params& p, const Axis& rows, const Axis& columns, const T* pooled, const void* switches,
-                 int64_t row, T* out) {
+void stride2_row(const Params& p, const Axis& rows, const Axis& columns, const T* pooled,
+                 const void* switches, int64_t row, T* out) {
   using Cell = typename Sum<T, 1, overlap>::Cell;
   const uint8_t* here = static_cast<const uint8_t*>(switches);
   Source sources[kMaxSources];
   const int count = find_sources(p, rows, columns, row, sources);
-  // pooled columns [first, last) whose two cells lie in the map and whose left neighbour exists where it is read
+  // pooled columns [first, last) whose two cells lie in the map and whose left neighbour exists where it is
+  // read
   int64_t first = (columns.begin + columns.shift + 1) / 2, last = (columns.end + columns.shift) / 2;
   first = first < width - 2 ? width - 2 : first;
   last = last < columns.pooled ? last : columns.pooled;
   last = last < first ? first : last;
   const int64_t head = first < last ? 2 * first - columns.shift : columns.end;
   const int64_t tail = first < last ? 2 * last - columns.shift : columns.end;
-  for (int64_t x = columns.begin; x < head; ++x) out[x] = edge_cell<T, 2>(p, sources, count, columns, pooled, here, x);
+  for (int64_t x = columns.begin; x < head; ++x)
+    out[x] = edge_cell<T, 2>(p, sources, count, columns, pooled, here, x);
   in_vectors<full_lanes<T, overlap>>(last - first, [&](auto lanes, int64_t i) {
-    stride2_cells<T, decltype(lanes)::value, width, overlap>(sources, count, p.relu, pooled,
-                                                    here, first + i,
-                                                    reinterpret_cast<Cell*>(out) + 2 * (first + i) - columns.shift);
+    stride2_cells<T, decltype(lanes)::value, width, overlap>(
+        sources, count, p.relu, pooled, here, first + i,
+        reinterpret_cast<Cell*>(out) + 2 * (first + i) - columns.shift);
   });
-  for (int64_t x = tail; x < columns.end; ++x) out[x] = edge_cell<T, 2>(p, sources, count, columns, pooled, here, x);
+  for (int64_t x = tail; x < columns.end; ++x)
+    out[x] = edge_cell<T, 2>(p, sources, count, columns, pooled, here, x);
 }
 
 template <class T>
-void stride1_row(const Params& p, const Axis& rows, const Axis& columns, const T* pooled, const void* switches,
-                 int64_t row, T* out) {
+void stride1_row(const Params& p, const Axis& rows, const Axis& columns, const T* pooled,
+                 const void* switches, int64_t row, T* out) {
   using Cell = typename Sum<T, 1, true>::Cell;
   const uint8_t* here = static_cast<const uint8_t*>(switches);
   Source sources[kMaxSources];
   const int count = find_sources(p, rows, columns, row, sources);
   // output columns [first, last) that the whole window reaches
-  int64_t first = columns.dilation * (columns.kernel - 1) - columns.shift, last = columns.pooled - columns.shift;
+  int64_t first = columns.dilation * (columns.kernel - 1) - columns.shift,
+          last = columns.pooled - columns.shift;
   first = first < columns.begin ? columns.begin : first;
   last = last < columns.end ? last : columns.end;
   if (first >= last) first = last = columns.end;
-  for (int64_t x = columns.begin; x < first; ++x) out[x] = edge_cell<T, 1>(p, sources, count, columns, pooled, here, x);
+  for (int64_t x = columns.begin; x < first; ++x)
+    out[x] = edge_cell<T, 1>(p, sources, count, columns, pooled, here, x);
   in_vectors<full_lanes<T, true>>(last - first, [&](auto lanes, int64_t i) {
-    stride1_cells<T, decltype(lanes)::value>(sources, count, p.relu, pooled, here,
-                                             columns, first + i, reinterpret_cast<Cell*>(out) + first + i);
+    stride1_cells<T, decltype(lanes)::value>(sources, count, p.relu, pooled, here, columns, first + i,
+                                             reinterpret_cast<Cell*>(out) + first + i);
   });
-  for (int64_t x = last; x < columns.end; ++x) out[x] = edge_cell<T, 1>(p, sources, count, columns, pooled, here, x);
+  for (int64_t x = last; x < columns.end; ++x)
+    out[x] = edge_cell<T, 1>(p, sources, count, columns, pooled, here, x);
 }
 
 template <class T>
@@ -336,7 +353,8 @@ bool unpool_planes(const Params& p, int threads) {
   return !invalid;
 }
 
-// --- channels side by side --------------------------------------------------------------------------------------------
+// --- channels side by side
+// --------------------------------------------------------------------------------------------
 
 template <class T, bool overlap>
 bool unpool_channels(const Params& p, int threads) {
@@ -352,7 +370,8 @@ bool unpool_channels(const Params& p, int threads) {
       const Cell* pooled = static_cast<const Cell*>(p.pooled) + n * p.pooled_stride[0];
       const uint8_t* switches = static_cast<const uint8_t*>(p.switches) + n * p.switches_stride[0];
       for (int64_t column = 0; column < p.out_width; ++column) {
-        Cell* out = static_cast<Cell*>(p.out) + n * p.out_stride[0] + row * p.out_stride[2] + column * p.out_stride[3];
+        Cell* out = static_cast<Cell*>(p.out) + n * p.out_stride[0] + row * p.out_stride[2] +
+                    column * p.out_stride[3];
         const bool inside =
             row >= rows.begin && row < rows.end && column >= columns.begin && column < columns.end;
         Source sources[kMaxSources];
@@ -363,7 +382,8 @@ bool unpool_channels(const Params& p, int threads) {
             const int64_t x = unpool::source(columns, column, kx);
             if (x >= 0)
               sources[count++] = {y * p.pooled_stride[2] + x * p.pooled_stride[3],
-                                  y * p.switches_stride[2] + x * p.switches_stride[3], ky * columns.kernel + kx};
+                                  y * p.switches_stride[2] + x * p.switches_stride[3],
+                                  ky * columns.kernel + kx};
           }
         }
         in_vectors<full_lanes<T, overlap>>(p.channels, [&](auto lanes, int64_t c) {
@@ -371,8 +391,8 @@ bool unpool_channels(const Params& p, int threads) {
           using S = Sum<T, lane_count, overlap>;
           typename S::V sum{};
           for (int s = 0; s < count; ++s)
-            sum = collect<S, lane_count>(sum, pooled + sources[s].pooled + c, switches + sources[s].switches + c,
-                                         sources[s].tap);
+            sum = collect<S, lane_count>(sum, pooled + sources[s].pooled + c,
+                                         switches + sources[s].switches + c, sources[s].tap);
           if (p.relu) sum = S::rectify(sum);
           store_vec(out + c, S::result(sum));
         });
@@ -388,23 +408,26 @@ bool unpool_cells(const Params& p, int threads) {
   const SwitchCheck<Switch> check(p);
   int invalid = 0;
   const int64_t planes = p.batch * p.channels;
-  parallel_for(planes, 1 + kGrain / (p.out_height * p.out_width + 1), threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      if (!check.part_valid(i, planes)) __atomic_store_n(&invalid, 1, __ATOMIC_RELAXED);
-      const int64_t n = i / p.channels, c = i % p.channels;
-      const Axis rows = unpool::axis(p, n, 0), columns = unpool::axis(p, n, 1);
-      const T* pooled = static_cast<const T*>(p.pooled) + n * p.pooled_stride[0] + c * p.pooled_stride[1];
-      const Switch* switches =
-          static_cast<const Switch*>(p.switches) + n * p.switches_stride[0] + c * p.switches_stride[1];
-      T* out = static_cast<T*>(p.out) + n * p.out_stride[0] + c * p.out_stride[1];
-      for (int64_t row = 0; row < p.out_height; ++row)
-        for (int64_t column = 0; column < p.out_width; ++column) {
-          const bool inside = row >= rows.begin && row < rows.end && column >= columns.begin && column < columns.end;
-          out[row * p.out_stride[2] + column * p.out_stride[3]] =
-              inside ? collect_cell(p, rows, columns, pooled, switches, row, column) : Element<T>::store(0);
+  parallel_for(
+      planes, 1 + kGrain / (p.out_height * p.out_width + 1), threads, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          if (!check.part_valid(i, planes)) __atomic_store_n(&invalid, 1, __ATOMIC_RELAXED);
+          const int64_t n = i / p.channels, c = i % p.channels;
+          const Axis rows = unpool::axis(p, n, 0), columns = unpool::axis(p, n, 1);
+          const T* pooled = static_cast<const T*>(p.pooled) + n * p.pooled_stride[0] + c * p.pooled_stride[1];
+          const Switch* switches =
+              static_cast<const Switch*>(p.switches) + n * p.switches_stride[0] + c * p.switches_stride[1];
+          T* out = static_cast<T*>(p.out) + n * p.out_stride[0] + c * p.out_stride[1];
+          for (int64_t row = 0; row < p.out_height; ++row)
+            for (int64_t column = 0; column < p.out_width; ++column) {
+              const bool inside =
+                  row >= rows.begin && row < rows.end && column >= columns.begin && column < columns.end;
+              out[row * p.out_stride[2] + column * p.out_stride[3]] =
+                  inside ? collect_cell(p, rows, columns, pooled, switches, row, column)
+                         : Element<T>::store(0);
+            }
         }
-    }
-  });
+      });
   return !invalid;
 }
 

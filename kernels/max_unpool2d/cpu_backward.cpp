@@ -1,4 +1,5 @@
-// The adjoint of max_unpool2d on the CPU: every pooled cell reads the cell that its switch points at. Any strides.
+// The adjoint of max_unpool2d on the CPU: every pooled cell reads the cell that its switch points at. Any
+// strides.
 #include "dtype.h"
 #include "max_unpool2d.h"
 #include "parallel.h"
@@ -17,8 +18,8 @@ void gather(const Params& p, int threads) {
       const int64_t y = i % p.height, plane = i / p.height, n = plane / p.channels, c = plane % p.channels;
       const Axis rows = unpool::axis(p, n, 0), columns = unpool::axis(p, n, 1);
       const T* grad = static_cast<const T*>(p.out) + n * p.out_stride[0] + c * p.out_stride[1];
-      T* out = static_cast<T*>(const_cast<void*>(p.pooled)) + n * p.pooled_stride[0] + c * p.pooled_stride[1] +
-               y * p.pooled_stride[2];
+      T* out = static_cast<T*>(const_cast<void*>(p.pooled)) + n * p.pooled_stride[0] +
+               c * p.pooled_stride[1] + y * p.pooled_stride[2];
       const int64_t first = n * p.switches_stride[0] + c * p.switches_stride[1] + y * p.switches_stride[2];
       for (int64_t x = 0; x < p.width; ++x) {
         const int64_t at = first + x * p.switches_stride[3];
@@ -26,8 +27,8 @@ void gather(const Params& p, int threads) {
                                                 : static_cast<const int32_t*>(p.switches)[at];
         const int64_t row = y * rows.stride - rows.shift + tap / columns.kernel * rows.dilation;
         const int64_t column = x * columns.stride - columns.shift + tap % columns.kernel * columns.dilation;
-        const bool inside = tap >= 0 && tap < rows.kernel * columns.kernel && row >= rows.begin && row < rows.end &&
-                            column >= columns.begin && column < columns.end;
+        const bool inside = tap >= 0 && tap < rows.kernel * columns.kernel && row >= rows.begin &&
+                            row < rows.end && column >= columns.begin && column < columns.end;
         out[x * p.pooled_stride[3]] =
             inside ? grad[row * p.out_stride[2] + column * p.out_stride[3]] : Element<T>::store(0);
       }

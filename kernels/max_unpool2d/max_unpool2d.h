@@ -1,4 +1,5 @@
-/* max_unpool2d and its adjoint: parameters and index arithmetic for every implementation. Rules: README.md. */
+/* max_unpool2d and its adjoint: parameters and index arithmetic for every implementation. Rules: README.md.
+ */
 #ifndef CONELENS_MAX_UNPOOL2D_H
 #define CONELENS_MAX_UNPOOL2D_H
 
@@ -22,8 +23,8 @@ typedef struct conelens_max_unpool2d_params {
 #ifdef __cplusplus
 namespace conelens::unpool {
 
-/* One axis for one sample, in cells of the output. Pooled cell P writes cell P * stride - shift + dilation * tap.
- * Only cells in [begin, end) lie inside the map; the others are zero. */
+/* One axis for one sample, in cells of the output. Pooled cell P writes cell P * stride - shift + dilation *
+ * tap. Only cells in [begin, end) lie inside the map; the others are zero. */
 struct Axis {
   int64_t kernel, stride, shift, dilation, pooled, begin, end;
 };

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,12 +22,15 @@ _HUGE = 4 << 20  # bytes from which a fresh CPU output asks for huge pages
 
 def pair(value: int | Sequence[int], name: str, minimum: int) -> Pair:
     """An int or two of them -> (y, x); each at least `minimum`."""
-    values = (value, value) if isinstance(value, int | torch.SymInt) else tuple(value)
-    if len(values) != 2 or not all(isinstance(v, int | torch.SymInt) for v in values):
+    integer = (int, torch.SymInt, np.integer)
+    values = (
+        (value, value) if isinstance(value, integer) else tuple(value) if isinstance(value, Sequence) else ()
+    )
+    if len(values) != 2 or not all(isinstance(v, integer) for v in values):
         raise ArgumentError(f"{name} must be an int or two (y, x), got {value!r}")
     if any(v < minimum for v in values):
         raise ArgumentError(f"{name} must be at least {minimum}, got {value!r}")
-    return values  # type: ignore[return-value]
+    return values[0], values[1]
 
 
 def check_map(x: Any, name: str) -> None:
@@ -34,7 +38,9 @@ def check_map(x: Any, name: str) -> None:
     if not isinstance(x, Tensor):
         raise ArgumentError(f"{name} must be a tensor or a DLPack array, got {type(x).__name__}")
     if x.dim() != 4:
-        raise ArgumentError(f"{name} must be [N,C,H,W], got shape {list(x.shape)}; add the missing axes with unsqueeze")
+        raise ArgumentError(
+            f"{name} must be [N,C,H,W], got shape {list(x.shape)}; add the missing axes with unsqueeze"
+        )
     if x.dtype not in FLOATS:
         raise ArgumentError(f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
     if x.shape[2] < 1 or x.shape[3] < 1:
@@ -43,17 +49,23 @@ def check_map(x: Any, name: str) -> None:
         raise ArgumentError(f"{name} must be on the CPU or a CUDA device, got {x.device}")
 
 
-def check_like(tensor: Tensor, name: str, other: Tensor, other_name: str, *, shape: Sequence[int], dtype: torch.dtype) -> None:
+def check_like(
+    tensor: Tensor, name: str, other: Tensor, other_name: str, *, shape: Sequence[int], dtype: torch.dtype
+) -> None:
     """tensor has this shape and dtype and lies on other's device."""
     if list(tensor.shape) != list(shape):
         raise ArgumentError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
     if tensor.dtype != dtype:
         raise ArgumentError(f"{name} must be {dtype}, got {tensor.dtype}")
     if tensor.device != other.device:
-        raise ArgumentError(f"{name} is on {tensor.device} but {other_name} is on {other.device}; move one of them")
+        raise ArgumentError(
+            f"{name} is on {tensor.device} but {other_name} is on {other.device}; move one of them"
+        )
 
 
-def check_outs(outs: Sequence[tuple[str, Any, Sequence[int], torch.dtype]], like: Tensor, like_name: str) -> tuple[Tensor, ...]:
+def check_outs(
+    outs: Sequence[tuple[str, Any, Sequence[int], torch.dtype]], like: Tensor, like_name: str
+) -> tuple[Tensor, ...]:
     """Each (name, tensor, shape, dtype) of an `out=` fits; -> the tensors."""
     for name, tensor, shape, dtype in outs:
         if not isinstance(tensor, Tensor):
@@ -119,17 +131,19 @@ def _to_array_like(example: Any) -> Callable[[Tensor], Any]:
 
 def takes_arrays(function: Callable[..., Any]) -> Callable[..., Any]:
     """Let an operation take any DLPack array where it takes a tensor, and answer in the first argument's library."""
+    first_name = next(iter(inspect.signature(function).parameters))
 
     @functools.wraps(function)
-    def wrapper(first: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        first = args[0] if args else kwargs.get(first_name)
         if isinstance(first, Tensor) or not hasattr(first, "__dlpack__"):
-            return function(first, *args, **kwargs)
+            return function(*args, **kwargs)
         out = kwargs.pop("out", None)
         if out is not None:
             kwargs["out"] = tuple(map(_writable, out)) if isinstance(out, tuple) else _writable(out)
         args = tuple(map(_from_array, args))
         kwargs = {key: value if key == "out" else _from_array(value) for key, value in kwargs.items()}
-        result = function(_from_array(first), *args, **kwargs)
+        result = function(*args, **kwargs)
         if out is not None:
             return type(result)(*out) if isinstance(out, tuple) else out
         back = _to_array_like(first)

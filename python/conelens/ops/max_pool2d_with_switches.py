@@ -86,7 +86,7 @@ def _output_shape(
                 f"x is too small: {name} {size} with padding {p} is shorter than a window of {d * (k - 1) + 1}"
             )
         # only windows that start in the near padding, and the last one, can miss the map
-        for window in {*range(min(length, -(-p // s))), length - 1}:
+        for window in [*range(min(length, -(-p // s))), length - 1]:
             start = window * s - p
             first_inside = start + max(0, -(start // d)) * d
             if first_inside > start + d * (k - 1) or first_inside >= size:
@@ -98,7 +98,9 @@ def _output_shape(
     return x.shape[0], x.shape[1], sizes[0], sizes[1]
 
 
-def _allocate(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool) -> PooledSwitches:
+def _allocate(
+    x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
+) -> PooledSwitches:
     shape = _output_shape(x, kernel, stride, padding, dilation, ceil_mode)
     return PooledSwitches(
         arguments.empty(shape, x), arguments.empty(shape, x, dtype=reference.switch_dtype(kernel))

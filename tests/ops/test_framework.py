@@ -1,0 +1,203 @@
+"""Choice of backend, arrays of other libraries, layouts and reports: what all operations share."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import conelens
+from conelens import _native, ops
+from conelens.errors import ArgumentError, BackendError
+from conelens.ops import _arguments, _register
+
+
+class Foreign:
+    """An array of a library that knows nothing but DLPack."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.tensor.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self.tensor.__dlpack_device__()
+
+    def __array_namespace__(self) -> type:
+        return ForeignNamespace
+
+
+class ForeignNamespace:
+    @staticmethod
+    def from_dlpack(array: Any) -> Foreign:
+        return Foreign(torch.from_dlpack(array))
+
+
+@pytest.fixture
+def no_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "cpu", lambda: _native.Native(None, "taken away by a test"))
+
+
+def test_kernels_run_by_default() -> None:
+    with ops.require_kernels():
+        ops.max_pool2d_with_switches(torch.zeros(1, 1, 4, 4), 2)
+
+
+@pytest.mark.usefixtures("no_native")
+def test_reference_stands_in_unless_kernels_are_required() -> None:
+    x = torch.zeros(1, 1, 4, 4)
+    assert ops.max_pool2d_with_switches(x, 2).pooled.shape == (1, 1, 2, 2)
+    with (
+        ops.require_kernels(),
+        pytest.raises(BackendError, match="would run its reference.*taken away by a test"),
+    ):
+        ops.max_pool2d_with_switches(x, 2)
+    with (
+        ops.use_backend("compiled"),
+        pytest.raises(BackendError, match="'compiled' was asked for.*taken away"),
+    ):
+        ops.max_pool2d_with_switches(x, 2)
+
+
+def test_explicit_reference_is_a_reference() -> None:
+    x = torch.zeros(1, 1, 4, 4)
+    with (
+        ops.use_backend("reference"),
+        ops.require_kernels(),
+        pytest.raises(BackendError, match="kernels are required"),
+    ):
+        ops.max_pool2d_with_switches(x, 2)
+
+
+def test_choice_ends_with_its_block() -> None:
+    x = torch.zeros(1, 1, 4, 4)
+    with pytest.raises(ZeroDivisionError), ops.use_backend("triton"), ops.require_kernels():
+        raise ZeroDivisionError
+    with ops.use_backend("reference"):
+        ops.max_pool2d_with_switches(x, 2)
+
+
+def test_backends_tell_reasons() -> None:
+    x = torch.zeros(1, 1, 4, 4)
+    for name in _register.OPERATORS:
+        reasons = ops.backends(name, x)
+        assert reasons["reference"] is None
+        assert set(reasons) <= {"compiled", "triton", "reference"}
+    found = ops.backends("max_pool2d_with_switches", x)
+    assert found["compiled"] is None
+    assert "triton" in (found["triton"] or "").lower()
+    with pytest.raises(ArgumentError, match=r"operation is 'max_pool'; wanted one of .*max_unpool2d"):
+        ops.backends("max_pool", x)
+    with pytest.raises(ArgumentError, match="wants the operation's tensors"):
+        ops.backends("max_unpool2d")
+
+
+def test_unknown_backend_is_named() -> None:
+    with (
+        pytest.raises(ArgumentError, match="backend is 'cuda'; wanted one of 'auto', 'compiled'"),
+        ops.use_backend("cuda"),
+    ):
+        pass
+
+
+def test_numpy_in_numpy_out() -> None:
+    x = np.random.default_rng(0).standard_normal((2, 3, 8, 10)).astype(np.float32)
+    expected = ops.max_pool2d_with_switches(torch.from_numpy(x), 2)
+    result = ops.max_pool2d_with_switches(x, 2)
+    assert type(result) is type(expected)
+    assert isinstance(result.pooled, np.ndarray)
+    np.testing.assert_array_equal(result.pooled, expected.pooled.numpy())
+    np.testing.assert_array_equal(result.switches, expected.switches.numpy())
+    back = ops.max_unpool2d(*result, 2, output_size=(8, 10))
+    assert isinstance(back, np.ndarray)
+    assert back.shape == x.shape
+    by_name = ops.max_pool2d_with_switches(x=x, kernel_size=2)
+    assert isinstance(by_name.pooled, np.ndarray)
+
+
+def test_numpy_out_argument_flipped_and_read_only_inputs() -> None:
+    x = np.random.default_rng(1).standard_normal((1, 2, 6, 6)).astype(np.float64)[..., ::-1]
+    frozen = x.copy()
+    frozen.flags.writeable = False
+    pooled, switches = np.empty((1, 2, 3, 3)), np.empty((1, 2, 3, 3), np.uint8)
+    result = ops.max_pool2d_with_switches(x, 2, out=(pooled, switches))
+    assert result.pooled is pooled
+    np.testing.assert_array_equal(pooled, ops.max_pool2d_with_switches(frozen, 2).pooled)
+    pooled.flags.writeable = False
+    with pytest.raises(ArgumentError, match="read-only"):
+        ops.max_pool2d_with_switches(x, 2, out=(pooled, switches))
+
+
+def test_any_dlpack_library_gets_its_own_arrays_back() -> None:
+    x = torch.randn(1, 2, 6, 6)
+    result = ops.max_pool2d_with_switches(Foreign(x), 3)
+    assert isinstance(result.pooled, Foreign)
+    assert torch.equal(result.pooled.tensor, ops.max_pool2d_with_switches(x, 3).pooled)
+
+
+def test_native_arguments_are_checked_once_more() -> None:
+    """Below torch nothing is trusted either: a wrong pointer must not be reached."""
+    core: Any = _native.cpu().module
+    x = np.zeros((1, 2, 4, 4), np.float32)
+    pooled, switches = np.zeros((1, 2, 2, 2), np.float32), np.zeros((1, 2, 2, 2), np.uint8)
+    rest = ((2, 2), (2, 2), (0, 0), (1, 1), False, 1)
+    core.max_pool2d_with_switches(x, pooled, switches, *rest)
+    for arguments, message in (
+        ((x[0], pooled, switches), "x has shape .*wanted 4 axes"),
+        ((x.astype(np.int32), pooled, switches), "x has DLPack dtype 0:32"),
+        ((x, pooled.astype(np.float64), switches), "pooled has DLPack dtype 2:64"),
+        ((x, pooled, switches[:, :1]), r"switches has shape \[1, 1, 2, 2\], wanted \[1, 2, 2, 2\]"),
+        ((x, pooled, switches.astype(np.int64)), "switches has DLPack dtype 0:64"),
+        ((x, np.zeros((1, 2, 9, 9), np.float32), np.zeros((1, 2, 9, 9), np.uint8)), "windows without a cell"),
+        ((x, torch.zeros(1, 2, 2, 2, device="meta"), switches), "."),
+    ):
+        with pytest.raises((ValueError, RuntimeError, BufferError, NotImplementedError), match=message):
+            core.max_pool2d_with_switches(*arguments, *rest)
+    frozen = pooled.copy()
+    frozen.flags.writeable = False
+    with pytest.raises(ValueError, match="pooled is read-only"):
+        core.max_pool2d_with_switches(x, frozen, switches, *rest)
+    with pytest.raises(TypeError):
+        core.max_pool2d_with_switches(x, "pooled", switches, *rest)
+
+
+def test_large_outputs_ask_for_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    core: Any = _native.cpu().module
+    monkeypatch.setattr(core, "advise_huge_pages", lambda address, size: asked.append(size))
+    ops.max_pool2d_with_switches(torch.zeros(1, 1, 4, 4), 2)
+    assert asked == []
+    ops.max_pool2d_with_switches(torch.zeros(1, 8, 1024, 1024), 2)
+    assert asked == [8 << 20]
+
+
+def test_layouts() -> None:
+    x = torch.zeros(2, 3, 4, 5)
+    assert not _arguments.is_channels_last(x)
+    assert _arguments.is_channels_last(x.contiguous(memory_format=torch.channels_last))
+    assert _arguments.readable(x[:, :, 1:, 1:]).data_ptr() == x[:, :, 1:, 1:].data_ptr()
+    assert _arguments.readable(x[..., ::2]).is_contiguous()
+
+
+def test_capabilities() -> None:
+    report = conelens.capabilities()
+    assert report["cpu"]["isa"] in report["cpu"]["available"]
+    assert report["cpu"]["reason"] is None
+    assert (report["cuda"]["reason"] is None) == (report["cuda"]["devices"] > 0)
+    text = str(report)
+    assert report["cpu"]["isa"] in text
+    assert [line.split()[0] for line in text.splitlines()] == ["conelens", "torch", "cpu", "cuda", "triton"]
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, conelens; assert 'torch' not in sys.modules; import conelens.ops; "
+        "heavy = {'triton', 'matplotlib', 'typer', 'jinja2', 'scipy', 'sklearn', 'captum'} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
