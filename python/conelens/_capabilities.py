@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib
+import importlib.metadata
 import importlib.util
 from typing import Any
 
@@ -22,7 +22,11 @@ class Capabilities(dict[str, Any]):
             if not isinstance(values, dict):
                 rows.append((part, str(values)))
                 continue
-            said = [f"{key} {_text(value)}" for key, value in values.items() if key != "reason" and value is not None]
+            said = [
+                f"{key} {_text(value)}"
+                for key, value in values.items()
+                if key != "reason" and value is not None
+            ]
             if values["reason"]:
                 said.append(f"not usable: {values['reason']}")
             rows.append((part, ", ".join(said)))
@@ -65,7 +69,9 @@ def _cuda() -> dict[str, Any]:
         "toolkit": toolkit,
         "architectures": architectures,
         "devices": native.module.device_count() if native.module is not None else 0,
-        "reason": native.reason if toolkit is not None else "built without CUDA kernels (no nvcc, or CONELENS_CUDA=OFF)",
+        "reason": native.reason
+        if toolkit is not None
+        else "built without CUDA kernels (no nvcc, or CONELENS_CUDA=OFF)",
     }
 
 

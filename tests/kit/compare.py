@@ -30,7 +30,6 @@ class Guarded:
     """A map inside a larger buffer of sentinels: a write beside it is noticed. The view has offset and odd strides."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format) -> None:
-        n, c, h, w = shape
         margin = (1, 2, 1, 3)
         grown = [size + 2 * m for size, m in zip(shape, margin, strict=True)]
         self.sentinel = -77 if dtype.is_floating_point else 77

@@ -54,12 +54,12 @@ def test_reference_stands_in_unless_kernels_are_required() -> None:
     assert ops.max_pool2d_with_switches(x, 2).pooled.shape == (1, 1, 2, 2)
     with (
         ops.require_kernels(),
-        pytest.raises(BackendError, match="would run its reference.*taken away by a test"),
+        pytest.raises(BackendError, match=r"would run its reference.*taken away by a test"),
     ):
         ops.max_pool2d_with_switches(x, 2)
     with (
         ops.use_backend("compiled"),
-        pytest.raises(BackendError, match="'compiled' was asked for.*taken away"),
+        pytest.raises(BackendError, match=r"'compiled' was asked for.*taken away"),
     ):
         ops.max_pool2d_with_switches(x, 2)
 

@@ -161,7 +161,7 @@ def test_out_in_another_layout_is_still_right() -> None:
     assert_same(switches, expected.switches)
 
 
-# --- torch: registration, gradients, compilation ---------------------------------------------------------------------
+# --- torch: registration, gradients, compilation --------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -236,7 +236,7 @@ def test_more_than_two_to_the_31_elements() -> None:
     assert int(result.switches.count_nonzero()) == 2
 
 
-# --- bad input -------------------------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,7 @@ def test_same_bits_on_every_run_and_thread_count(isa: str) -> None:
     assert torch.equal(results[0], results[2])
 
 
-# --- switches that point nowhere -------------------------------------------------------------------------------------
+# --- switches that point nowhere ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["compiled", "reference"])
@@ -236,7 +236,7 @@ def test_a_window_may_point_outside_the_map_but_not_outside_itself() -> None:
         ops.max_unpool2d(torch.ones(1, 1, 2, 2), switches, 2, output_size=(8, 8), origin=origin)
 
 
-# --- torch: registration, gradients, compilation ---------------------------------------------------------------------
+# --- torch: registration, gradients, compilation --------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -318,7 +318,7 @@ def test_more_than_two_to_the_31_elements() -> None:
     assert int(out.count_nonzero()) == 1
 
 
-# --- bad input -------------------------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

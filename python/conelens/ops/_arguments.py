@@ -74,7 +74,7 @@ def check_outs(
     return tuple(tensor for _, tensor, _, _ in outs)
 
 
-# --- layouts -------------------------------------------------------------------------------------------------------
+# --- layouts --------------------------------------------------------------------------------------
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -110,7 +110,7 @@ def same_layout(out: Tensor | None, like: Tensor) -> bool:
     return out.stride(1) == 1 if is_channels_last(like) else out.stride(3) == 1
 
 
-# --- other array libraries -----------------------------------------------------------------------------------------
+# --- other array libraries ------------------------------------------------------------------------
 
 
 def _from_array(array: Any) -> Any:

@@ -59,7 +59,9 @@ class Operator:
     def into(self, out: tuple[Tensor, ...], *args: Any) -> None:
         """Write the results into `out`; no gradients flow through it, so none may be asked for."""
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            raise ArgumentError(f"{self.name}: out= cannot be differentiated; leave it out, or use torch.no_grad()")
+            raise ArgumentError(
+                f"{self.name}: out= cannot be differentiated; leave it out, or use torch.no_grad()"
+            )
         self._writing(*args, **dict(zip(self._out_names, out, strict=True)))
 
     def _run(self, *args: Any) -> Any:
