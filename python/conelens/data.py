@@ -149,15 +149,22 @@ class Preprocess:
 
     def tensor(self, frame: np.ndarray) -> Tensor:
         """uint8 [H,W,3] -> float32 [3,H,W] as the network wants it."""
-        values = torch.tensor(frame).permute(2, 0, 1).float()
-        mean, std = (torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (self.mean, self.std))
-        return ((values * self.scale - mean) / std).contiguous()
+        # NumPy: this runs in decoding threads, where torch would start a thread team per image
+        values = (frame.astype(np.float32) * np.float32(self.scale) - self._mean()) / self._std()
+        return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
 
     def pixels(self, x: Tensor) -> np.ndarray:
         """Network input [3,H,W] -> uint8 [H,W,3] for display, the inverse of `tensor`."""
-        mean, std = (torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (self.mean, self.std))
-        values = (x.detach().float().cpu() * std + mean) / self.scale
-        return values.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+        values = (
+            x.detach().float().cpu().numpy().transpose(1, 2, 0) * self._std() + self._mean()
+        ) / self.scale
+        return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+
+    def _mean(self) -> np.ndarray:
+        return np.asarray(self.mean, np.float32)
+
+    def _std(self) -> np.ndarray:
+        return np.asarray(self.std, np.float32)
 
     def __call__(self, image: Image.Image) -> Tensor:
         """RGB image -> float32 [3,H,W]."""
