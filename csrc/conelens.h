@@ -22,6 +22,7 @@ CONELENS_API int conelens_max_pool2d_with_switches_cpu(const conelens_max_pool2d
 CONELENS_API int conelens_max_unpool2d_cpu(const conelens_max_unpool2d_params* params, int threads);
 CONELENS_API int conelens_max_unpool2d_backward_cpu(const conelens_max_unpool2d_params* params, int threads);
 
+CONELENS_API int conelens_channel_peaks_cuda(const conelens_channel_peaks_params* params, void* stream);
 CONELENS_API int conelens_max_pool2d_with_switches_cuda(const conelens_max_pool2d_params* params, void* stream);
 CONELENS_API int conelens_max_unpool2d_cuda(const conelens_max_unpool2d_params* params, void* stream);
 CONELENS_API int conelens_max_unpool2d_backward_cuda(const conelens_max_unpool2d_params* params, void* stream);

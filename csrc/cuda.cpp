@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "channel_peaks/bind.h"
 #include "conelens.h"
 #include "max_pool2d_with_switches/bind.h"
 #include "max_unpool2d/bind.h"
@@ -66,6 +67,7 @@ PYBIND11_MODULE(_cuda, m, pybind11::mod_gil_not_used()) {
       "error_string", [](int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }, py::arg("code"),
       "Text of a cudaError_t.");
 
+  register_channel_peaks<Cuda>(m, conelens_channel_peaks_cuda);
   register_max_pool2d_with_switches<Cuda>(m, conelens_max_pool2d_with_switches_cuda);
   register_max_unpool2d<Cuda>(m, conelens_max_unpool2d_cuda, conelens_max_unpool2d_backward_cuda);
 }

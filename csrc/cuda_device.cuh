@@ -144,7 +144,7 @@ CONELENS_DEVICE Index thread_index() {
   return static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x;
 }
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+CONELENS_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // body(uint32_t{}) while 32 bits can count the threads, else body(uint64_t{}): narrow divisions are much cheaper
 template <class Body>

@@ -91,14 +91,14 @@ class Block {
     barrier(&Fiber::warp_phase, first, end < fibers_.size() ? end : static_cast<unsigned>(fibers_.size()));
   }
 
-  // what lane `lane` of this warp passes
+  // what lane `lane` of this warp passes; slots alternate, so that a fast lane cannot overwrite what is still read
   template <class T>
   T exchange(T value, unsigned lane) {
-    std::memcpy(fibers_[at_].slot, &value, sizeof value);
+    const unsigned turn = fibers_[at_].warp_phase % 2;
+    std::memcpy(fibers_[at_].slot[turn], &value, sizeof value);
     warp_barrier();
     T other;
-    std::memcpy(&other, fibers_[at_ / 32 * 32 + lane].slot, sizeof other);
-    warp_barrier();
+    std::memcpy(&other, fibers_[at_ / 32 * 32 + lane].slot[turn], sizeof other);
     return other;
   }
   unsigned lane() const { return at_ % 32; }
@@ -110,7 +110,7 @@ class Block {
     std::unique_ptr<char[]> stack;
     bool done;
     unsigned block_phase, warp_phase;
-    char slot[16];
+    char slot[2][16];
   };
 
   static void enter() {

@@ -1,4 +1,5 @@
 // The module conelens._cuda, running on the host: same bindings, same kernels, tensors of the CPU.
+#include "channel_peaks/bind.h"
 #include "conelens.h"
 #include "max_pool2d_with_switches/bind.h"
 #include "max_unpool2d/bind.h"
@@ -20,6 +21,7 @@ struct Emulated {
 
 PYBIND11_MODULE(emulated, m) {
   using namespace conelens;
+  register_channel_peaks<Emulated>(m, conelens_channel_peaks_cuda);
   register_max_pool2d_with_switches<Emulated>(m, conelens_max_pool2d_with_switches_cuda);
   register_max_unpool2d<Emulated>(m, conelens_max_unpool2d_cuda, conelens_max_unpool2d_backward_cuda);
 }

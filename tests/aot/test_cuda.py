@@ -1,0 +1,45 @@
+"""The CUDA kernels, compiled for sm_90 where no GPU is: a spill or a lost 16-byte access fails here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cuda_build
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    cuda_build.disassembler() is None, reason="no cuobjdump: neither a full toolkit nor Triton is installed"
+)
+
+WANTED = {
+    "max_pool2d_with_switches": {
+        r"pool_strips<(Half|BFloat16), 8, [23], (false|true)": {"LDG.128", "STG.128"},
+        r"pool_strips<float, 4, [23], (false|true)": {"LDG.128", "STG.128"},
+        r"pool_strips<(Half|BFloat16), 4, [23], false": {"LDG.128", "STG.64"},
+    },
+    "max_unpool2d": {
+        r"unpool_strips<(Half|BFloat16), 8, [23], true": {"LDG.128", "LDG.64", "STG.128"},
+        r"unpool_strips<float, 4, [23], true": {"LDG.128", "STG.128"},
+        r"unpool_strips<(Half|BFloat16), 4, [23], false": {"LDG.64", "STG.128"},
+        r"unpool_strips<float, 2, [23], false": {"LDG.64", "STG.128"},
+    },
+}
+
+
+@pytest.mark.parametrize("operation", WANTED)
+def test_no_spills_and_wide_accesses(operation: str, nvcc: str, tmp_path: Path) -> None:
+    kernels = cuda_build.compile_kernels(nvcc, cuda_build.KERNELS / operation / "cuda.cu", tmp_path)
+    assert cuda_build.problems(kernels, WANTED[operation]) == []
+
+
+def test_a_lost_vector_store_is_found(nvcc: str, tmp_path: Path) -> None:
+    """A plain store of the vector, which the compiler splits, is what the check above is for."""
+    intrinsic = "__stwb(reinterpret_cast<Bits*>(to) + i, bits[i])"
+    plain = "reinterpret_cast<Bits*>(to)[i] = bits[i]"
+    header = (cuda_build.ROOT / "csrc" / "cuda_device.cuh").read_text()
+    assert intrinsic in header
+    (tmp_path / "cuda_device.cuh").write_text(header.replace(intrinsic, plain))
+    source = tmp_path / "cuda.cu"
+    source.write_text((cuda_build.KERNELS / "max_unpool2d" / "cuda.cu").read_text())
+    found = cuda_build.problems(cuda_build.compile_kernels(nvcc, source, tmp_path), WANTED["max_unpool2d"])
+    assert any("has no STG.128" in problem for problem in found)

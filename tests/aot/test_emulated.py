@@ -1,0 +1,144 @@
+"""The CUDA kernels run on the host, thread by thread, against the plain PyTorch references.
+
+Same source as on the GPU, with every vector access checked for alignment; inputs and outputs lie in guarded
+buffers at odd offsets. Intrinsics of 16-bit floats are the one thing that only a GPU runs.
+"""
+
+from __future__ import annotations
+
+import shutil
+from types import ModuleType
+
+import cuda_build
+import pytest
+import torch
+from torch import Tensor
+
+from conelens.kernels.max_pool2d_with_switches import reference as pool_reference
+from conelens.kernels.max_unpool2d import reference as unpool_reference
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+GUARD = 64  # elements
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ on PATH")
+    return cuda_build.build_emulated(tmp_path_factory.mktemp("emulated"))
+
+
+def pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else value
+
+
+def guarded(like: Tensor, channels_last: bool, skew: int, fill: float) -> tuple[Tensor, Tensor]:
+    """A copy of `like`, `skew` elements off its alignment, in a longer buffer of `fill`; and what guards it."""
+    n, c, h, w = like.shape
+    buffer = torch.full((like.numel() + 2 * GUARD + skew,), fill, dtype=like.dtype)
+    inner = buffer[GUARD + skew : GUARD + skew + like.numel()]
+    view = inner.view(n, h, w, c).permute(0, 3, 1, 2) if channels_last else inner.view(n, c, h, w)
+    view.copy_(like)
+    return view, torch.cat([buffer[: GUARD + skew].clone(), buffer[GUARD + skew + like.numel() :].clone()])
+
+
+def guards(view: Tensor, skew: int) -> Tensor:
+    """The guards around a view made by `guarded`, as they are now."""
+    whole = torch.tensor([], dtype=view.dtype).set_(view.untyped_storage())
+    return torch.cat([whole[: GUARD + skew], whole[GUARD + skew + view.numel() :]])
+
+
+POOLS = [  # shape, kernel, stride, padding, dilation, ceil_mode
+    ((2, 3, 12, 32), 2, 2, 0, 1, False),
+    ((1, 2, 9, 24), 2, 2, 0, 1, False),
+    ((2, 16, 9, 7), 2, 2, 0, 1, True),
+    ((1, 8, 10, 16), 3, 2, 0, 1, True),
+    ((1, 8, 10, 16), 3, 2, 0, 1, False),
+    ((2, 8, 11, 64), 3, 2, 1, 1, False),
+    ((1, 3, 13, 11), 3, 2, (0, 1), 1, False),
+    ((1, 3, 13, 12), 3, 2, (1, 0), 1, True),
+    ((1, 2, 8, 9), (3, 2), (1, 3), (1, 1), (2, 1), False),
+    ((1, 1, 20, 20), 17, 3, 0, 1, False),  # more than 256 taps
+]
+
+
+def values(kind: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    x = torch.randn(shape, generator=generator)
+    some = torch.rand(shape, generator=generator)
+    if kind == "ties":
+        return x.sign()
+    if kind == "nan":
+        return x.masked_fill(some < 0.2, float("nan"))
+    if kind == "infinite":
+        return x.masked_fill(some < 0.9, -float("inf"))
+    return x
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pool(emulated: ModuleType, dtype: torch.dtype, channels_last: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for shape, kernel, stride, padding, dilation, ceil_mode in POOLS:
+        window = tuple(map(pair, (kernel, stride, padding, dilation)))
+        for kind in ("noise", "ties", "nan", "infinite"):
+            for relu, skew in ((False, 0), (True, 0), (True, 1)):
+                case = f"{shape} {window} ceil={ceil_mode} relu={relu} skew={skew} {kind}"
+                x = values(kind, shape, generator).to(dtype)
+                wanted, taps = pool_reference.max_pool2d_with_switches(x, *window, ceil_mode, relu)
+                x, _ = guarded(x, channels_last, skew, float("nan"))
+                pooled, before = guarded(torch.full_like(wanted, -9), channels_last, skew, -777.0)
+                switches, marks = guarded(torch.full_like(taps, 99), channels_last, skew, 201)
+                emulated.max_pool2d_with_switches(x, pooled, switches, *window, relu, 0)
+                torch.testing.assert_close(pooled, wanted, rtol=0, atol=0, equal_nan=True, msg=case)
+                assert torch.equal(switches, taps), case
+                assert torch.equal(guards(pooled, skew), before), case
+                assert torch.equal(guards(switches, skew), marks), case
+
+
+UNPOOLS = [  # pooled shape, kernel, stride, padding, dilation, output size
+    ((2, 3, 5, 16), 2, 2, 0, 1, (10, 32)),
+    ((1, 2, 5, 12), 2, 2, 0, 1, (10, 24)),
+    ((2, 16, 4, 5), 2, 2, 0, 1, (9, 11)),
+    ((1, 8, 6, 15), 3, 2, 0, 1, (13, 32)),
+    ((2, 8, 5, 8), 3, 2, 1, 1, (10, 16)),
+    ((1, 8, 5, 8), 3, 2, (1, 0), 1, (9, 16)),
+    ((1, 8, 5, 8), 3, 2, (0, 1), 1, (11, 16)),
+    ((1, 3, 5, 6), 3, 2, (0, 1), 1, (11, 11)),
+    ((1, 2, 4, 5), (3, 2), (1, 3), (1, 1), (2, 1), (6, 13)),
+    ((1, 1, 3, 3), 17, 3, 0, 1, (23, 23)),
+    ((2, 8, 3, 4), 2, 2, 0, 1, (3, 4)),  # smaller than the windows reach
+]
+
+
+@pytest.mark.parametrize("windowed", [False, True], ids=["map", "windows"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_unpool_and_its_adjoint(
+    emulated: ModuleType, dtype: torch.dtype, channels_last: bool, windowed: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for shape, kernel, stride, padding, dilation, size in UNPOOLS:
+        window = tuple(map(pair, (kernel, stride, padding, dilation)))
+        taps = window[0][0] * window[0][1]
+        for relu, skew in ((False, 0), (True, 0), (True, 1)):
+            case = f"{shape} {window} {size} relu={relu} skew={skew}"
+            pooled = torch.randn(shape, generator=generator).to(dtype)
+            # one tap too many: a switch that points nowhere gives nothing
+            switches = torch.randint(0, taps + 1, shape, generator=generator)
+            switches = switches.to(torch.uint8 if taps < 256 else torch.int32)
+            origin = torch.randint(-2, 3, (shape[0], 2), generator=generator) if windowed else None
+            wanted = unpool_reference.max_unpool2d(pooled, switches, *window, size, relu, origin)
+            pooled, _ = guarded(pooled, channels_last, skew, float("nan"))
+            switches, _ = guarded(switches, channels_last, skew, 0)
+            out, before = guarded(torch.full_like(wanted, float("nan")), channels_last, skew, -777.0)
+            emulated.max_unpool2d(pooled, switches, out, *window, size, relu, origin, 0)
+            assert torch.equal(out, wanted), case
+            assert torch.equal(guards(out, skew), before), case
+
+            grad = torch.randn(wanted.shape, generator=generator).to(dtype)
+            wanted = unpool_reference.max_unpool2d_backward(grad, switches, *window, size, origin)
+            grad, _ = guarded(grad, channels_last, skew, float("nan"))
+            out, before = guarded(torch.full_like(wanted, float("nan")), channels_last, skew, -777.0)
+            emulated.max_unpool2d_backward(grad, switches, out, *window, size, origin, 0)
+            assert torch.equal(out, wanted), case
+            assert torch.equal(guards(out, skew), before), case
