@@ -1,19 +1,21 @@
 """The zoo: every ImageNet network of pytorchcv traced, and projected against the autograd oracle in float64.
 
-    python -m benchmarks.zoo                     # all of them, hours on two cores; rows are kept in --rows as they come
-    python -m benchmarks.zoo --sample 12         # one network of each of so many families
-    python -m benchmarks.zoo --names resnet18 mobilenetv3_small_wd2
-    python -m benchmarks.zoo --rows rows.jsonl --only-table --markdown benchmarks/ZOO.md
+    python -m benchmarks.zoo                     # all of them, hours on two cores; rows are kept in --rows as
+    they come python -m benchmarks.zoo --sample 12         # one network of each of so many families python -m
+    benchmarks.zoo --names resnet18 mobilenetv3_small_wd2 python -m benchmarks.zoo --rows rows.jsonl
+    --only-table --markdown benchmarks/ZOO.md
 
-Per network: trace without a policy; where an operator has no canonical rule, trace again with the policy that the row states. Then units
-of a middle and of the last convolution (peak, two corners, another place) are projected, by the cone and by the whole image,
-and compared with autograd under the same policy. Weights are He-random, batch norms are set to the statistics of a random
-input, with random scales of either sign, so that nothing is dead.
+Per network: trace without a policy; where an operator has no canonical rule, trace again with the policy that
+the row states. Then units of a middle and of the last convolution (peak, two corners, another place) are
+projected, by the cone and by the whole image, and compared with autograd under the same policy. Weights are
+He-random, batch norms are set to the statistics of a random input, with random scales of either sign, so that
+nothing is dead.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import re
@@ -45,7 +47,8 @@ OTHER_TASKS = re.compile(  # segmentation, detection, pose, speech, small images
 )
 # A sample for tests: fast and unlike each other.
 VARIED = (
-    "squeezenet_v1_1", "resnet10", "shufflenetv2_wd2", "mobilenetv2_wd4", "mobilenetv3_small_w7d20", "seresnet10", "preresnet10", "diaresnet10",
+    "squeezenet_v1_1", "resnet10", "shufflenetv2_wd2", "mobilenetv2_wd4", "mobilenetv3_small_w7d20",
+    "seresnet10", "preresnet10", "diaresnet10",
     "sqnxt23_w1", "menet108_8x1_g3", "darknet_tiny", "octresnet10_ad2", "igcv3_wd4", "bninception",
 )  # fmt: skip
 
@@ -87,7 +90,7 @@ def imagenet_names() -> dict[str, str]:
     return ordered
 
 
-# --- networks --------------------------------------------------------------------------------------------------------
+# --- networks -----------------------------------------------------------------------------------------------
 
 
 def build(name: str) -> tuple[nn.Module, int]:
@@ -116,8 +119,9 @@ def build(name: str) -> tuple[nn.Module, int]:
 def adapt(model: nn.Module) -> nn.Module:
     """Two changes that leave the function as it is.
 
-    A final average pool as large as the map at the standard size would not fit a smaller one: it becomes global. RevNet's block frees its
-    own input inside a custom autograd.Function, which autograd cannot differentiate here: the block's plain sums take its place.
+    A final average pool as large as the map at the standard size would not fit a smaller one: it becomes
+    global. RevNet's block frees its own input inside a custom autograd.Function, which autograd cannot
+    differentiate here: the block's plain sums take its place.
     """
     for module in model.modules():
         if isinstance(getattr(module, "final_pool", None), nn.AvgPool2d):
@@ -171,7 +175,9 @@ def _centre(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
 
 @torch.no_grad()
 def chosen_units(model: nn.Module, net: Network, image: Tensor) -> dict[str, list[tuple[int, int, int, int]]]:
-    """For a middle and the last convolution whose map has more than one cell, gates aside: live units (0, channel, y, x)."""
+    """For a middle and the last convolution whose map has more than one cell, gates aside: live units (0,
+    channel, y, x).
+    """
     passed = on_the_way_down(net)
     seen: dict[str, list[Tensor]] = {}
     handles = [
@@ -213,7 +219,7 @@ def _collect(outputs: list[Tensor], module: nn.Module, inputs: Any, output: Any)
         outputs.append(output.clone())
 
 
-# --- one network -----------------------------------------------------------------------------------------------------
+# --- one network --------------------------------------------------------------------------------------------
 
 
 def examine(name: str, family: str) -> Row:
@@ -279,11 +285,15 @@ def stated_policy(net: Network) -> dict[str, str]:
     ops = [net.graph[index].op for index in sorted(on_the_way_down(net))]
     policy = {op.name: op.rule for op in ops if isinstance(op, Activation) and op.rule}
     policy |= {op.kind: op.rule for op in ops if isinstance(op, GroupNorm) and op.rule}
-    return policy | {"gate": op.rule for op in ops if isinstance(op, Gate) and op.rule}
+    policy |= {op.kind: op.rule for op in ops if isinstance(op, Gate) and op.rule}
+    return policy
 
 
 def examine_within(name: str, family: str, limit_s: float) -> Row:
     """The same in a process of its own, which is ended after ``limit_s`` seconds."""
+    importlib.import_module(
+        "torch.fx.experimental.symbolic_shapes"
+    )  # autograd would import it in every child anew
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
 
@@ -306,7 +316,7 @@ def examine_within(name: str, family: str, limit_s: float) -> Row:
         process.join()
 
 
-# --- the table -------------------------------------------------------------------------------------------------------
+# --- the table ----------------------------------------------------------------------------------------------
 
 
 def line(row: Row) -> str:
@@ -314,28 +324,45 @@ def line(row: Row) -> str:
     error = "" if row.error is None else f"{row.error:.0e}"
     without = f"refused {row.refused}" if row.refused else error
     result = row.problem.split("\n")[0] if row.problem else f"{error} ({row.units} units)"
-    return f"{row.family:18} {row.name:32} {row.size:4} px {row.layers:5} layers  {without:18} {row.policy:40} {result}  [{row.seconds} s]"
+    network = f"{row.family:18} {row.name:32} {row.size:4} px {row.layers:5} layers"
+    return f"{network}  {without:22} {row.policy:32} {result}  [{row.seconds} s]"
+
+
+_PREAMBLE = """# Zoo
+
+Made by `python -m benchmarks.zoo`: the ImageNet networks of pytorchcv 0.0.67 with random weights. Units of
+a middle and of the last convolution are projected by the cone and by the whole image, in float64 with
+kernels forced; given is the largest relative 2-norm of the difference from autograd. An operator without a
+canonical deconvnet rule is refused by name until a policy is stated; the result is then under the policy
+named before it.
+"""
 
 
 def table(rows: Sequence[Row]) -> str:
     """The rows by family as Markdown."""
     passed, refused = [r for r in rows if r.good], [r for r in rows if not r.good]
     free = sum(not r.refused for r in passed)
-    text = [
-        "# Zoo", "",
-        "Made by `python -m benchmarks.zoo`: every ImageNet network of pytorchcv 0.0.67 with random weights, units of a middle and of the last convolution",
-        "projected by the cone and by the whole image, in float64 with kernels forced, against autograd (largest relative 2-norm). An operator without a canonical",
-        "deconvnet rule is refused by name until a policy is stated; the last column is under the policy named before it.", "",
-        f"{len(rows)} networks of {len({r.family for r in rows})} families: {free} need no policy, {len(passed) - free} pass with the policy stated, "
-        f"{len(refused)} are refused or did not run.", "",
-        "| family | network | px | layers | without policy | policy | result |", "|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    families = len({row.family for row in rows})
+    missing = len(imagenet_names()) - len(rows)
+    text = [_PREAMBLE]
+    text.append(
+        f"{len(rows)} networks of {families} families: {free} need no policy, {len(passed) - free} pass with "
+        f"the policy stated, {len(refused)} are refused or did not run."
+    )
+    if missing:
+        text.append(f"Not run: {missing} more, widths and depths of families that are here.")
+    text += [
+        "",
+        "| family | network | px | layers | without policy | policy | result |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in sorted(rows, key=lambda r: r.family):
         error = "" if row.error is None else f"{row.error:.0e}"
         without = f"refused: {row.refused}" if row.refused else "" if row.problem else error
         result = row.problem.split("\n")[0].replace("|", "/") or ("" if not row.refused else error)
         text.append(
-            f"| {row.family} | {row.name} | {row.size or ''} | {row.layers or ''} | {without} | {row.policy} | {result} |"
+            f"| {row.family} | {row.name} | {row.size or ''} | {row.layers or ''} | {without} | "
+            f"{row.policy} | {result} |"
         )
     return "\n".join(text) + "\n"
 

@@ -167,8 +167,8 @@ def trace(model: nn.Module, example: Tensor | Sequence[int], policy: Mapping[str
     graph, output = record(model, probe, lowering.RULES, rules)
     add_conventional_aliases(graph)
     network = Network(graph, probe.dtype, probe.device)
-    _verify(network, model, probe)
     _require_rules(graph)
+    _verify(network, model, probe)
     return network
 
 

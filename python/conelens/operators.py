@@ -455,7 +455,8 @@ class GroupNorm(Operator):
     remembers = True
 
     def __post_init__(self) -> None:
-        self._everywhere = Spatial(*(torch.eye(cells, dtype=torch.float64) for cells in self.size))
+        rows, columns = (torch.eye(cells, dtype=torch.float64) for cells in self.size)
+        self._everywhere = Spatial(rows, columns)
 
     def reach(self, edge: int, axis: int, low: Bound, high: Bound, in_size: int) -> tuple[Bound, Bound]:
         return low * 0, low * 0 + in_size

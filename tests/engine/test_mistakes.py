@@ -1,7 +1,8 @@
-"""The mistakes of deconvnet re-implementations, E1 to E16: conelens equals the oracle where each wrong variant differs.
+"""The mistakes of deconvnet re-implementations, E1 to E16: conelens equals the oracle where each wrong
+variant differs.
 
-The catalogue comes from a reading of some twenty code bases. Each test holds the wrong variant itself, so that it fails should conelens ever
-become one of them, or the oracle blind to it.
+The catalogue comes from a reading of some twenty code bases. Each test holds the wrong variant itself, so
+that it fails should conelens ever become one of them, or the oracle blind to it.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ def right(model: nn.Module, images: Tensor, layer: str, units: list[Unit]) -> Te
 def hooked(
     model: nn.Module, image: Tensor, layer: str, unit: Unit, attach: Callable[[nn.ReLU], None]
 ) -> Tensor:
-    """Autograd with something attached to every nn.ReLU module, as hook-based implementations do; seeded with the activity."""
+    """Autograd with something attached to every nn.ReLU module, as hook-based implementations do; seeded with
+    the activity.
+    """
     for module in model.modules():
         if isinstance(module, nn.ReLU):
             attach(module)
@@ -82,7 +85,8 @@ def gradient(model: nn.Module, image: Tensor, layer: str, unit: Unit) -> Tensor:
     return hooked(model, image, layer, unit, lambda module: None)
 
 
-# E1 random biases, E2 forward biases, E3 no top-down ReLU, E4 guided backprop, E5 replication, E6 overwriting, E7 foreign switches, E14 identity BN
+# E1 random biases, E2 forward biases, E3 no top-down ReLU, E4 guided backprop, E5 replication, E6
+# overwriting, E7 foreign switches, E14 identity BN
 @pytest.mark.parametrize("mistake", [m for m in MISTAKES if m != "last tie"])
 def test_mistakes_on_the_way_down_differ(mistake: str) -> None:
     model = chain()
@@ -130,7 +134,7 @@ def test_the_first_of_tied_values_gets_the_signal() -> None:
         assert relative(deconvnet(model, image, unit[1:], "last tie"), projection) > 0.05
 
 
-# --- E8 to E11: what hooks and sequential walks miss -----------------------------------------------------------------
+# --- E8 to E11: what hooks and sequential walks miss --------------------------------------------------------
 
 
 def rectify_by_hook(module: nn.ReLU) -> None:
@@ -163,7 +167,7 @@ def test_e8_hooks_that_miss_functional_relu_give_the_plain_gradient() -> None:
 def test_e9_relu6_does_not_pass_in_silence() -> None:
     model = Functional(nn.ReLU6()).double().eval()
     units = live_units(model, IMAGES[:1], count=2)
-    with pytest.raises(UnsupportedOperatorError, match="relu6.*policy"):
+    with pytest.raises(UnsupportedOperatorError, match=r"relu6.*policy"):
         conelens.trace(model, IMAGES)
     policy = {"relu6": "clamp"}
     wanted, _ = deconvnet_by_autograd(model, IMAGES[:1], "last", units, policy)
@@ -212,7 +216,9 @@ def test_e10_overwriting_a_shared_input_gradient_loses_the_skip() -> None:
 
 
 def test_a_signal_is_rectified_where_the_branches_have_met() -> None:
-    """Two readers of one ReLU: their signals are summed at the fan-out and then rectified, not each by itself."""
+    """Two readers of one ReLU: their signals are summed at the fan-out and then rectified, not each by
+    itself.
+    """
 
     class Join(nn.Module):
         def __init__(self, shared: bool) -> None:
@@ -272,7 +278,7 @@ def test_e11_an_unknown_layer_raises_an_error_that_can_be_caught() -> None:
         conelens.trace(model, IMAGES)
 
 
-# --- E12, E13, E15, E16 ----------------------------------------------------------------------------------------------
+# --- E12, E13, E15, E16 -------------------------------------------------------------------------------------
 
 
 def test_e12_the_seed_is_the_unit_that_was_asked_for() -> None:
@@ -295,7 +301,9 @@ def test_e12_the_seed_is_the_unit_that_was_asked_for() -> None:
 
 @pytest.mark.parametrize("size", [26, 27, 28, 29])
 def test_e13_strided_filters_come_back_to_the_size_they_came_from(size: int) -> None:
-    """Without output_padding the map is too small wherever the stride leaves a remainder, and everything above it is out of place."""
+    """Without output_padding the map is too small wherever the stride leaves a remainder, and everything
+    above it is out of place.
+    """
     torch.manual_seed(0)
     model = (
         nn.Sequential(
@@ -321,7 +329,7 @@ def test_e13_strided_filters_come_back_to_the_size_they_came_from(size: int) -> 
 
 
 def test_e15_the_strongest_nine_come_from_the_data_set() -> None:
-    """Nine images, ordered by their peaks; not the nine strongest places of one image, nor one image alone."""
+    """Nine images, ordered by their peaks; not nine places of one image, nor one image alone."""
     model = chain()
     images = torch.randn(20, 3, 27, 25, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     net = conelens.trace(model, images)
@@ -349,7 +357,9 @@ def test_e16_zero_is_grey_in_pictures() -> None:
 
 
 def test_named_kinds_of_network_show_the_mistakes_too() -> None:
-    """Plain gradients and guided backprop differ from the deconvnet on a real residual network, not on toys alone."""
+    """Plain gradients and guided backprop differ from the deconvnet on a real residual network, not on toys
+    alone.
+    """
     model = make("ResNet")
     x = torch.randn(1, 3, 61, 58, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     units = live_units(model, x, count=2)

@@ -92,7 +92,9 @@ def test_a_batch_of_units_equals_a_loop(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["AlexNet, overlapping 3/2", "DenseNet"])
 def test_projection_is_positively_homogeneous(kind: str) -> None:
-    """A layer scaled by c > 0 has a seed and filters c times as large, so its projection is c² times as large."""
+    """A layer scaled by c > 0 has a seed and filters c times as large, so its projection is c² times as
+    large.
+    """
     model, x = make(kind), images(1)
     units = live_units(model, x)
     before = project(conelens.trace(model, x), x, units)
@@ -144,7 +146,7 @@ def test_batch_norm_equals_its_fold_into_the_filters() -> None:
     assert relative(project(conelens.trace(model, x), x, units).pixels, wanted) < 1e-13
 
 
-# --- Captum ----------------------------------------------------------------------------------------------------------
+# --- Captum -------------------------------------------------------------------------------------------------
 
 
 def captum(model: nn.Module, x: Tensor, units: list[tuple[int, int, int, int]]) -> Tensor:

@@ -1,4 +1,6 @@
-"""Tracing: every spelling of an operator gives the same graph, layers get their names, and what has no rule is refused by name."""
+"""Tracing: every spelling of an operator gives the same graph, layers get their names, and what has no rule
+is refused by name.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,7 @@ def check(
     return net
 
 
-# --- ReLU in every spelling ------------------------------------------------------------------------------------------
+# --- ReLU in every spelling ---------------------------------------------------------------------------------
 
 RELUS: dict[str, Callable[[Tensor], Tensor]] = {
     "nn.ReLU": nn.ReLU(),
@@ -116,7 +118,7 @@ def test_every_spelling_of_relu_is_one_rectifier(spelling: str) -> None:
     assert relative(got.pixels, wanted) < 1e-12
 
 
-# --- names -----------------------------------------------------------------------------------------------------------
+# --- names --------------------------------------------------------------------------------------------------
 
 
 class Reuse(nn.Module):
@@ -236,14 +238,19 @@ class Classifier(nn.Module):
 
 VGG16 = _trunk([1, 1, "M", 1, 1, "M", 1, 1, 1, "M", 1, 1, 1, "M", 1, 1, 1, "M"])
 ALEXNET = nn.Sequential(
-    nn.Conv2d(3, 2, 11, 4, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2), nn.Conv2d(2, 2, 5, padding=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2),
-    nn.Conv2d(2, 2, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(2, 2, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(2, 2, 3, padding=1),
+    nn.Conv2d(3, 2, 11, 4, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2), nn.Conv2d(2, 2, 5, padding=2),
+    nn.ReLU(inplace=True), nn.MaxPool2d(3, 2),
+    nn.Conv2d(2, 2, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(2, 2, 3, padding=1),
+    nn.ReLU(inplace=True), nn.Conv2d(2, 2, 3, padding=1),
     nn.ReLU(inplace=True), nn.MaxPool2d(3, 2),
 )  # fmt: skip
 ZFNET = nn.Sequential(
-    nn.Conv2d(3, 2, 7, 2, 1), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, ceil_mode=True), nn.LocalResponseNorm(5), nn.Conv2d(2, 2, 5, 2), nn.ReLU(inplace=True),
-    nn.MaxPool2d(3, 2, ceil_mode=True), nn.LocalResponseNorm(5), nn.Conv2d(2, 2, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(2, 2, 3, padding=1),
-    nn.ReLU(inplace=True), nn.Conv2d(2, 2, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, ceil_mode=True),
+    nn.Conv2d(3, 2, 7, 2, 1), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, ceil_mode=True),
+    nn.LocalResponseNorm(5), nn.Conv2d(2, 2, 5, 2), nn.ReLU(inplace=True),
+    nn.MaxPool2d(3, 2, ceil_mode=True), nn.LocalResponseNorm(5), nn.Conv2d(2, 2, 3, padding=1),
+    nn.ReLU(inplace=True), nn.Conv2d(2, 2, 3, padding=1),
+    nn.ReLU(inplace=True), nn.Conv2d(2, 2, 3, padding=1), nn.ReLU(inplace=True),
+    nn.MaxPool2d(3, 2, ceil_mode=True),
 )  # fmt: skip
 
 
@@ -275,15 +282,18 @@ def test_alexnet_names() -> None:
 FIELDS: dict[str, tuple[nn.Module, str]] = {
     "zfnet": (
         ZFNET,
-        "conv1 7/2@-1 pool1 11/4@-1 conv2 27/8@-1 pool2 43/16@-1 conv3 75/16@-17 conv4 107/16@-33 conv5 139/16@-49 pool5 171/32@-49",
+        "conv1 7/2@-1 pool1 11/4@-1 conv2 27/8@-1 pool2 43/16@-1 conv3 75/16@-17 conv4 107/16@-33 conv5 "
+        "139/16@-49 pool5 171/32@-49",
     ),
     "alexnet": (
         ALEXNET,
-        "conv1 11/4@-2 pool1 19/8 conv2 51/8@-18 pool2 67/16 conv3 99/16 conv4 131/16 conv5 163/16@-66 pool5 195/32",
+        "conv1 11/4@-2 pool1 19/8 conv2 51/8@-18 pool2 67/16 conv3 99/16 conv4 131/16 conv5 163/16@-66 "
+        "pool5 195/32",
     ),
     "vgg16": (
         VGG16,
-        "conv1_1 3 conv1_2 5 pool1 6 conv2_1 10 conv2_2 14 pool2 16 conv3_1 24 conv3_2 32 conv3_3 40 pool3 44 conv4_1 60 conv4_2 76 conv4_3 92 pool4 100 "
+        "conv1_1 3 conv1_2 5 pool1 6 conv2_1 10 conv2_2 14 pool2 16 conv3_1 24 conv3_2 32 conv3_3 40 pool3 "
+        "44 conv4_1 60 conv4_2 76 conv4_3 92 pool4 100 "
         "conv5_1 132 conv5_2 164 conv5_3 196/16@-90 pool5 212/32",
     ),
 }
@@ -322,7 +332,7 @@ def test_receptive_fields_of_the_literature(name: str) -> None:
     assert len(text.splitlines()) == len(net.layers()) + 1
 
 
-# --- graphs ----------------------------------------------------------------------------------------------------------
+# --- graphs -------------------------------------------------------------------------------------------------
 
 
 def _shuffle(x: Tensor, groups: int) -> Tensor:
@@ -422,8 +432,10 @@ def test_shuffle_by_views_is_one_permutation() -> None:
 @pytest.mark.parametrize(
     ("name", "policy"),
     [
-        ("relu6", {"relu6": "clamp"}), ("silu", {"silu": "clamp"}), ("silu", {"silu": "gradient"}), ("swish by hand", {"silu": "clamp"}),
-        ("hardswish by hand", {"hardswish": "clamp"}), ("leaky_relu", {"leaky_relu": "clamp"}), ("leaky_relu", {"leaky_relu": "gradient"}),
+        ("relu6", {"relu6": "clamp"}), ("silu", {"silu": "clamp"}), ("silu", {"silu": "gradient"}),
+        ("swish by hand", {"silu": "clamp"}),
+        ("hardswish by hand", {"hardswish": "clamp"}), ("leaky_relu", {"leaky_relu": "clamp"}),
+        ("leaky_relu", {"leaky_relu": "gradient"}),
         ("gelu", {"gelu": "gradient"}), ("gate", {"gate": "hold"}), ("map gate", {"gate": "hold"}),
         ("instance_norm", {"instance_norm": "hold"}), ("group_norm", {"group_norm": "hold"}),
     ],
@@ -441,7 +453,7 @@ def test_a_stated_policy_is_followed(name: str, policy: dict[str, str]) -> None:
         check(model, policy={operator: "clamp"})
 
 
-# --- refusals --------------------------------------------------------------------------------------------------------
+# --- refusals -----------------------------------------------------------------------------------------------
 
 
 class _Squeeze(nn.Module):

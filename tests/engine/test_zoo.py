@@ -1,4 +1,6 @@
-"""A varied sample of the zoo (``python -m benchmarks.zoo`` runs all of it): traced, and equal to the oracle or refused by name."""
+"""A varied sample of the zoo (``python -m benchmarks.zoo`` runs all of it): traced, and equal to the oracle
+or refused by name.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A deconvnet for chains written out layer by layer, which can be told to make each of the mistakes that others have made."""
+"""A deconvnet for chains written out layer by layer, which can be told to make each of the mistakes that
+others have made.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 MISTAKES = (
-    "random biases", "forward biases", "no rectifier", "guided", "replicated unpooling", "overwriting unpooling", "last tie", "switches of another image",
+    "random biases", "forward biases", "no rectifier", "guided", "replicated unpooling",
+    "overwriting unpooling", "last tie", "switches of another image",
     "identity batch norm", "rectified pixels",
 )  # fmt: skip
 
@@ -51,7 +54,9 @@ def deconvnet(
     mistake: str | None = None,
     other: Tensor | None = None,
 ) -> Tensor:
-    """Projection [C, H, W] of unit (channel, y, x) of the last layer for ``image`` [1, C, H, W]; ``other`` is another image."""
+    """Projection [C, H, W] of unit (channel, y, x) of the last layer for ``image`` [1, C, H, W]; ``other`` is
+    another image.
+    """
     assert mistake is None or mistake in MISTAKES
     out, record = forward(layers, image)
     switches = (

@@ -1,4 +1,6 @@
-"""The kinds of network that a deconvnet has to get right, small, with live random weights; the layer to project is named ``last``."""
+"""The kinds of network that a deconvnet has to get right, small, with live random weights; the layer to
+project is named ``last``.
+"""
 
 from __future__ import annotations
 
@@ -82,8 +84,10 @@ class ShuffleUnit(nn.Module):
         super().__init__()
         half = channels // 2
         self.branch = nn.Sequential(
-            nn.Conv2d(half, half, 1, bias=False), nn.BatchNorm2d(half), nn.ReLU(inplace=True), nn.Conv2d(half, half, 3, 1, 1, groups=half, bias=False),
-            nn.BatchNorm2d(half), nn.Conv2d(half, half, 1, bias=False), nn.BatchNorm2d(half), nn.ReLU(inplace=True),
+            nn.Conv2d(half, half, 1, bias=False), nn.BatchNorm2d(half), nn.ReLU(inplace=True),
+            nn.Conv2d(half, half, 3, 1, 1, groups=half, bias=False),
+            nn.BatchNorm2d(half), nn.Conv2d(half, half, 1, bias=False), nn.BatchNorm2d(half),
+            nn.ReLU(inplace=True),
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,39 +103,51 @@ def relu() -> nn.Module:
 
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "VGG": lambda: Chain(
-        nn.Conv2d(3, 8, 3, padding=1), relu(), nn.Conv2d(8, 8, 3, padding=1), relu(), nn.MaxPool2d(2), nn.Conv2d(8, 12, 3, padding=1), relu(),
-        nn.Conv2d(12, 12, 3, padding=1), relu(), nn.MaxPool2d(2), nn.Conv2d(12, 16, 3, padding=1), relu(), nn.Conv2d(16, 16, 3, padding=1),
+        nn.Conv2d(3, 8, 3, padding=1), relu(), nn.Conv2d(8, 8, 3, padding=1), relu(), nn.MaxPool2d(2),
+        nn.Conv2d(8, 12, 3, padding=1), relu(),
+        nn.Conv2d(12, 12, 3, padding=1), relu(), nn.MaxPool2d(2), nn.Conv2d(12, 16, 3, padding=1), relu(),
+        nn.Conv2d(16, 16, 3, padding=1),
     ),
     "AlexNet, overlapping 3/2": lambda: Chain(
-        nn.Conv2d(3, 12, 7, 2, 2), relu(), nn.MaxPool2d(3, 2), nn.Conv2d(12, 16, 5, padding=2), relu(), nn.MaxPool2d(3, 2), nn.Conv2d(16, 16, 3, padding=1),
+        nn.Conv2d(3, 12, 7, 2, 2), relu(), nn.MaxPool2d(3, 2), nn.Conv2d(12, 16, 5, padding=2), relu(),
+        nn.MaxPool2d(3, 2), nn.Conv2d(16, 16, 3, padding=1),
         relu(), nn.Conv2d(16, 12, 3, padding=1),
     ),
     "ZFNet, ceil and LRN": lambda: Chain(
-        nn.Conv2d(3, 12, 5, 2, 1), relu(), nn.MaxPool2d(3, 2, ceil_mode=True), nn.LocalResponseNorm(5, 5e-4, 0.75, 2.0), nn.Conv2d(12, 16, 3, 2), relu(),
-        nn.MaxPool2d(3, 2, ceil_mode=True), nn.LocalResponseNorm(5, 5e-4, 0.75, 2.0), nn.Conv2d(16, 16, 3, padding=1), relu(), nn.Conv2d(16, 8, 3, padding=1),
+        nn.Conv2d(3, 12, 5, 2, 1), relu(), nn.MaxPool2d(3, 2, ceil_mode=True),
+        nn.LocalResponseNorm(5, 5e-4, 0.75, 2.0), nn.Conv2d(12, 16, 3, 2), relu(),
+        nn.MaxPool2d(3, 2, ceil_mode=True), nn.LocalResponseNorm(5, 5e-4, 0.75, 2.0),
+        nn.Conv2d(16, 16, 3, padding=1), relu(), nn.Conv2d(16, 8, 3, padding=1),
     ),
     "ResNet": lambda: Chain(
-        nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8), relu(), nn.MaxPool2d(3, 2, 1), BasicBlock(8, 8, 1), BasicBlock(8, 12, 2),
+        nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8), relu(), nn.MaxPool2d(3, 2, 1),
+        BasicBlock(8, 8, 1), BasicBlock(8, 12, 2),
         nn.Conv2d(12, 12, 3, padding=1),
     ),
     "groups, depthwise, dilation": lambda: Chain(
-        nn.Conv2d(3, 12, 3, padding=1), relu(), nn.Conv2d(12, 12, 3, 2, 1, groups=12), nn.BatchNorm2d(12), relu(), nn.Conv2d(12, 16, 3, padding=2, dilation=2, groups=4),
-        relu(), nn.Conv2d(16, 16, (3, 2), padding=(3, 1), dilation=(3, 2), groups=2), relu(), nn.Conv2d(16, 8, 3),
+        nn.Conv2d(3, 12, 3, padding=1), relu(), nn.Conv2d(12, 12, 3, 2, 1, groups=12), nn.BatchNorm2d(12),
+        relu(), nn.Conv2d(12, 16, 3, padding=2, dilation=2, groups=4),
+        relu(), nn.Conv2d(16, 16, (3, 2), padding=(3, 1), dilation=(3, 2), groups=2), relu(),
+        nn.Conv2d(16, 8, 3),
     ),
     "average pools": lambda: Chain(
-        nn.Conv2d(3, 8, 3), relu(), nn.AvgPool2d(2), nn.Conv2d(8, 12, 3), relu(), nn.AvgPool2d(3, 2, 1, count_include_pad=False), nn.Conv2d(12, 12, 3, padding=1),
+        nn.Conv2d(3, 8, 3), relu(), nn.AvgPool2d(2), nn.Conv2d(8, 12, 3), relu(),
+        nn.AvgPool2d(3, 2, 1, count_include_pad=False), nn.Conv2d(12, 12, 3, padding=1),
         relu(), nn.AdaptiveAvgPool2d(4), nn.Conv2d(12, 8, 3),
     ),
     "GoogLeNet": lambda: Chain(
-        nn.Conv2d(3, 8, 5, 2, 2), relu(), nn.MaxPool2d(3, 2, ceil_mode=True), Inception(8), Inception(18), nn.MaxPool2d(3, 2, ceil_mode=True),
+        nn.Conv2d(3, 8, 5, 2, 2), relu(), nn.MaxPool2d(3, 2, ceil_mode=True), Inception(8), Inception(18),
+        nn.MaxPool2d(3, 2, ceil_mode=True),
         nn.Conv2d(18, 12, 3, padding=1),
     ),
     "DenseNet": lambda: Chain(
-        nn.Conv2d(3, 8, 3, 2, 1, bias=False), DenseLayer(8, 4), DenseLayer(12, 4), nn.BatchNorm2d(16), relu(), nn.Conv2d(16, 8, 1, bias=False), nn.AvgPool2d(2),
+        nn.Conv2d(3, 8, 3, 2, 1, bias=False), DenseLayer(8, 4), DenseLayer(12, 4), nn.BatchNorm2d(16),
+        relu(), nn.Conv2d(16, 8, 1, bias=False), nn.AvgPool2d(2),
         DenseLayer(8, 4), DenseLayer(12, 4), nn.Conv2d(16, 8, 3, padding=1),
     ),
     "ShuffleNet": lambda: Chain(
-        nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), relu(), nn.MaxPool2d(3, 2, 1), ShuffleUnit(8), ShuffleUnit(8), ShuffleUnit(8), nn.Conv2d(8, 12, 1),
+        nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), relu(), nn.MaxPool2d(3, 2, 1),
+        ShuffleUnit(8), ShuffleUnit(8), ShuffleUnit(8), nn.Conv2d(8, 12, 1),
     ),
 }  # fmt: skip
 

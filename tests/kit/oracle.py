@@ -1,8 +1,9 @@
 """The deconvnet by autograd: an independent oracle that shares no code with the engine.
 
-Running a model under :class:`DeconvnetMode` gives every ReLU the backward rule ``clamp(gradient, 0)`` and response normalisation
-the identity; autograd does the rest: pools accumulate at torch's own indices, branches sum at the fan-out. A ``policy`` as for
-``conelens.trace`` says what the operators without a canonical rule do; without one they pass plain gradients.
+Running a model under :class:`DeconvnetMode` gives every ReLU the backward rule ``clamp(gradient, 0)`` and
+response normalisation the identity; autograd does the rest: pools accumulate at torch's own indices, branches
+sum at the fan-out. A ``policy`` as for ``conelens.trace`` says what the operators without a canonical rule
+do; without one they pass plain gradients.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ SELF_GATED = {
 
 
 class DeconvnetMode(TorchFunctionMode):
-    """Replaces ReLU in the spellings that the tests use, and other non-linearities and gates by ``policy``."""
+    """Replaces ReLU in the spellings that the tests use, other non-linearities and gates by ``policy``."""
 
     def __init__(self, policy: Mapping[str, str] | None = None) -> None:
         super().__init__()
@@ -95,19 +96,17 @@ class DeconvnetMode(TorchFunctionMode):
             return _Normalise.apply(args[0], *({**defaults, **bound}[n] for n in order))
         if name in ("instance_norm", "group_norm") and self.policy.get(name) == "hold":
             return _hold_statistics(func, *args, **kwargs)
-        if name in ("mul", "imul", "rmul") and isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
-            if args[0].requires_grad and args[1].requires_grad:
-                return self._product(args[0], args[1])
+        if name in ("mul", "imul", "rmul") and all(
+            isinstance(a, Tensor) and a.requires_grad for a in args[:2]
+        ):
+            return self._product(args[0], args[1])
         return self._remember(name, func, args, kwargs, inplace)
 
     def _remember(self, name: str, func: Any, args: Any, kwargs: Any, inplace: bool) -> Any:
         """Run an element-wise function by its policy, and note what its result is made of."""
         x = args[0] if args else kwargs.get("input")
-        if (
-            (name == "hardtanh"
-            and (kwargs.get("min_val"), kwargs.get("max_val")) == (0.0, 6.0))
-            or (name == "hardtanh"
-            and args[1:3] == (0.0, 6.0))
+        if (name == "hardtanh" and (kwargs.get("min_val"), kwargs.get("max_val")) == (0.0, 6.0)) or (
+            name == "hardtanh" and args[1:3] == (0.0, 6.0)
         ):
             name = "relu6"
         source = self.history.get(x, (x, ())) if isinstance(x, Tensor) else (None, ())
@@ -143,7 +142,9 @@ class DeconvnetMode(TorchFunctionMode):
         return result
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
-        """A function that multiplies its own input, or a map times a gate: the smaller one, else the squashed one."""
+        """A function that multiplies its own input, or a map times a gate: the smaller one, else the squashed
+        one.
+        """
         root, functions = self.history.get(right, (None, ()))
         if root is left and functions in SELF_GATED:
             rule = self.policy.get(SELF_GATED[functions])
@@ -158,7 +159,9 @@ class DeconvnetMode(TorchFunctionMode):
 
 
 def _hold_statistics(norm: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """x * a + b, where a and b are read off the norm at x and held constant: the norm is affine per channel and sample."""
+    """x * a + b, where a and b are read off the norm at x and held constant: the norm is affine per channel
+    and sample.
+    """
     with torch.no_grad():
         y = norm(x, *args, **kwargs)
         middle_x, middle_y = x.mean((2, 3), keepdim=True), y.mean((2, 3), keepdim=True)
@@ -196,7 +199,9 @@ def deconvnet_by_autograd(
     units: Sequence[tuple[int, int, int, int]],
     policy: Mapping[str, str] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(projections [U, C, H, W], activity [U]) of units (image, channel, y, x) of the output of ``module`` ('' = the model)."""
+    """(projections [U, C, H, W], activity [U]) of units (image, channel, y, x) of the output of ``module``
+    ('' = the model).
+    """
     captured: list[Tensor] = []
     handle = model.get_submodule(module).register_forward_hook(lambda m, i, o: captured.append(o.clone()))
     try:

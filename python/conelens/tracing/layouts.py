@@ -1,12 +1,12 @@
 """Rules that only move data: views, permutations, slices, stacks. They rarely cost an operator of their own.
 
-What such a call means is not guessed from the sizes baked into it: the same call is made on a tensor of cell numbers, and the
-result says which cell of which sample went where.
+What such a call means is not guessed from the sizes baked into it: the same call is made on a tensor of cell
+numbers, and the result says which cell of which sample went where.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from conelens.errors import UnsupportedOperatorError
 from conelens.graph import Node
-from conelens.operators import Concat, Flatten, SelectChannels, Spatial
+from conelens.operators import Concat, Flatten, Operator, SelectChannels, Spatial
 from conelens.tracing.recorder import Meaning, Recorder
 
 Result = Node | Meaning | list[Any] | None
@@ -60,7 +60,9 @@ def _place(rec: Recorder, node: Node, moved: Tensor, cells: int) -> Node | Meani
 
 
 def arrange(rec: Recorder, node: Node, index: Tensor) -> Node | Meaning:
-    """A tensor [N, *index.shape] of the cells ``index`` of ``node``: a map or vector of its own where it is one, else a view."""
+    """A tensor [N, *index.shape] of the cells ``index`` of ``node``: a map or vector of its own where it is
+    one, else a view.
+    """
     channels, height, width = node.shape
     if index.numel() == 0:
         raise UnsupportedOperatorError(f"{rec.here}: the result is empty")
@@ -88,10 +90,33 @@ def _cells(rec: Recorder, node: Node, rows: Tensor, columns: Tensor) -> Node:
     height, width = node.size
     if torch.equal(rows, torch.arange(height)) and torch.equal(columns, torch.arange(width)):
         return node
-    matrices = [
+    picked_rows, picked_columns = (
         torch.eye(size, dtype=torch.float64)[picked] for size, picked in ((height, rows), (width, columns))
-    ]
-    return rec.emit(Spatial(*matrices, kind="slice"), (node,), (node.shape[0], len(rows), len(columns)))
+    )
+    op = Spatial(picked_rows, picked_columns, kind="slice")
+    return rec.emit(op, (node,), (node.shape[0], len(rows), len(columns)))
+
+
+def emit_like(rec: Recorder, out: Tensor, op: Operator, *inputs: Node) -> Node:
+    """A node whose shape is read off the tensor that torch computed."""
+    if out.ndim == 2:
+        return rec.emit(op, inputs, (out.shape[1], 1, 1), vector=True)
+    if out.ndim != 4:
+        raise UnsupportedOperatorError(
+            f"{rec.here}: gives shape {tuple(out.shape)}, wanted [N, C, H, W] or [N, F]"
+        )
+    return rec.emit(op, inputs, (out.shape[1], out.shape[2], out.shape[3]))
+
+
+def emit_pointwise(rec: Recorder, out: Tensor, op: Operator, *inputs: Node) -> Node | Meaning:
+    """The same for operators that act cell by cell, whose inputs may be views with split channels
+    (``Recorder.flat_of``).
+    """
+    if out.ndim == 2:
+        return emit_like(rec, out, op, *inputs)
+    channels, height, width = (max(sizes) for sizes in zip(*(n.shape for n in inputs), strict=True))
+    node = rec.emit(op, inputs, (channels, height, width))
+    return arrange(rec, node, torch.arange(channels * height * width).reshape(out.shape[1:]))
 
 
 def stack(rec: Recorder, out: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> Result:
@@ -143,9 +168,11 @@ def broadcast(rec: Recorder, node: Node, shape: tuple[int, int, int]) -> Node:
             (shape[0], *node.size),
         )
     if node.size != shape[1:]:
-        ones = [torch.ones(wanted, had, dtype=torch.float64) if had == 1 else torch.eye(had, dtype=torch.float64)
-                for had, wanted in zip(node.size, shape[1:], strict=True)]  # fmt: skip
-        node = rec.emit(Spatial(*ones, kind="expand"), (node,), shape)
+        rows, columns = (
+            torch.ones(wanted, had, dtype=torch.float64) if had == 1 else torch.eye(had, dtype=torch.float64)
+            for had, wanted in zip(node.size, shape[1:], strict=True)
+        )
+        node = rec.emit(Spatial(rows, columns, kind="expand"), (node,), shape)
     return node
 
 
@@ -154,20 +181,22 @@ def channel_shuffle(rec: Recorder, out: Tensor, x: Tensor, groups: int) -> Resul
     return rec.select(node, torch.arange(node.shape[0]).reshape(groups, -1).T.reshape(-1))
 
 
-RULES = {
-    **dict.fromkeys(
-        ("contiguous", "clone", "detach", "to", "float", "double", "half", "type_as", "requires_grad_", "data", "alias", "cpu", "cuda"),
-        identity,
-    ),
-    **dict.fromkeys(
-        ("view", "reshape", "flatten", "squeeze", "unsqueeze", "reshape_as", "view_as", "unflatten", "permute", "transpose", "swapaxes",
-         "movedim", "moveaxis", "chunk", "split", "tensor_split", "split_with_sizes", "unbind", "narrow", "select", "index_select", "flip",
-         "__getitem__", "pixel_unshuffle", "pixel_shuffle", "roll", "repeat", "repeat_interleave"),
-        move,
-    ),
+_SAME = (
+    "contiguous", "clone", "detach", "to", "float", "double", "half", "type_as", "requires_grad_", "data",
+    "alias", "cpu", "cuda",
+)  # fmt: skip
+_MOVES = (
+    "view", "reshape", "flatten", "squeeze", "unsqueeze", "reshape_as", "view_as", "unflatten", "permute",
+    "transpose", "swapaxes", "movedim", "moveaxis", "chunk", "split", "tensor_split", "split_with_sizes",
+    "unbind", "narrow", "select", "index_select", "flip", "__getitem__", "pixel_unshuffle",
+    "pixel_shuffle", "roll", "repeat", "repeat_interleave",
+)  # fmt: skip
+
+RULES: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(_SAME, identity),
+    **dict.fromkeys(_MOVES, move),
     **dict.fromkeys(("expand", "expand_as"), expand),
-    "channel_shuffle": channel_shuffle,
-    "native_channel_shuffle": channel_shuffle,
+    **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), channel_shuffle),
     "cat": concatenate,
     "stack": stack,
-}  # fmt: skip
+}

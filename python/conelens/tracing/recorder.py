@@ -24,8 +24,9 @@ Policy = Mapping[str, str]
 class Meaning:
     """What a tensor of the model's run stands for.
 
-    layout "map": [N, C, H, W] of ``node``; "vector": [N, F]; "view": [N, *cells.shape], any arrangement of the node's cells, which are
-    numbered in row-major order of (channel, y, x); "positive": the mask node > 0; "stale": overwritten through another view.
+    layout "map": [N, C, H, W] of ``node``; "vector": [N, F]; "view": [N, *cells.shape], any arrangement of
+    the node's cells, which are numbered in row-major order of (channel, y, x); "positive": the mask node > 0;
+    "stale": overwritten through another view.
     """
 
     node: int
@@ -34,7 +35,9 @@ class Meaning:
 
 
 class Recorder(TorchFunctionMode):
-    """Records one forward pass into ``graph``; rules live in ``lowering.RULES``, keyed by the name of the torch function."""
+    """Records one forward pass into ``graph``; rules live in ``lowering.RULES``, keyed by the name of the
+    torch function.
+    """
 
     def __init__(self, rules: Mapping[str, Callable[..., Any]], policy: Policy) -> None:
         super().__init__()
@@ -47,7 +50,7 @@ class Recorder(TorchFunctionMode):
         self.calls: Counter[str] = Counter()
         self._labels: dict[int, list[str]] = {}
 
-    # --- what tensors mean -------------------------------------------------------------------------------------------
+    # --- what tensors mean ----------------------------------------------------------------------------------
 
     def start(self, example: Tensor) -> Tensor:
         """Declare the network input; returns a private copy, since the model may work in place."""
@@ -65,7 +68,8 @@ class Recorder(TorchFunctionMode):
         found = self.meanings.get(tensor)
         if found is not None and found.layout == "stale":
             raise UnsupportedOperatorError(
-                f"{self.here}: a tensor is used after it was changed in place through another view of its memory; "
+                f"{self.here}: a tensor is used after it was changed in place through another view of its "
+                "memory; "
                 "write that step out of place"
             )
         return found
@@ -84,7 +88,9 @@ class Recorder(TorchFunctionMode):
         return self.graph[found.node]
 
     def flat_of(self, tensor: Any) -> Node:
-        """The same for an element-wise reader, which also takes views [N, ..., H, W] that split the channels into several dimensions."""
+        """The same for an element-wise reader, which also takes views [N, ..., H, W] that split the channels
+        into several dimensions.
+        """
         found = self.meaning(tensor)
         if found is None or found.layout != "view":
             return self.map_of(tensor)
@@ -94,13 +100,12 @@ class Recorder(TorchFunctionMode):
         area = height * width
         corners = found.cells.reshape(-1) if area == 1 else found.cells.reshape(-1, area)[:, 0]
         whole = corners[:, None] + torch.arange(area)
-        if (
-            (area > 1
-            and tuple(found.cells.shape[-2:]) != (height, width))
-            or not torch.equal(whole.reshape(-1), found.cells.reshape(-1))
+        if (area > 1 and tuple(found.cells.shape[-2:]) != (height, width)) or not torch.equal(
+            whole.reshape(-1), found.cells.reshape(-1)
         ):
             raise UnsupportedOperatorError(
-                f"{self.here}: no rule for a tensor of shape {tuple(tensor.shape)} that mixes channels and space"
+                f"{self.here}: no rule for a tensor of shape {tuple(tensor.shape)} that mixes channels and "
+                "space"
             )
         return self.select(node, corners // area)
 
@@ -128,7 +133,9 @@ class Recorder(TorchFunctionMode):
         )
 
     def without_meaning(self, tree: Any) -> Any:
-        """Arguments of a call that moves cells; tensors among them stand for their shapes alone, or are constants."""
+        """Arguments of a call that moves cells; tensors among them stand for their shapes alone, or are
+        constants.
+        """
         if isinstance(tree, Tensor):
             return (
                 torch.empty(tree.shape, dtype=torch.int64) if self.meaning(tree) is not None else tree.cpu()
@@ -157,7 +164,7 @@ class Recorder(TorchFunctionMode):
         """The place in the model that is running, for error messages."""
         return f"{self._function} in {self.stack[-1] or 'the model itself'}"
 
-    # --- watching ----------------------------------------------------------------------------------------------------
+    # --- watching -------------------------------------------------------------------------------------------
 
     _function = "input"
     function: Callable[..., Any] = torch.relu  # the torch function of the call in progress
@@ -177,7 +184,8 @@ class Recorder(TorchFunctionMode):
         try:
             if name in _LEAKS:
                 raise UnsupportedOperatorError(
-                    f"{self.here}: the model reads values of an activation into Python ({name}), so its graph depends on the data"
+                    f"{self.here}: the model reads values of an activation into Python ({name}), so its "
+                    "graph depends on the data"
                 )
             result = func(*args, **kwargs)
             if not any(True for _ in _tensors(result)):
@@ -222,7 +230,7 @@ class Recorder(TorchFunctionMode):
             )
             self.meanings[other] = meaning if same else Meaning(-1, "stale")
 
-    # --- names -------------------------------------------------------------------------------------------------------
+    # --- names ----------------------------------------------------------------------------------------------
 
     def watch(self, model: nn.Module) -> list[Any]:
         """Hook every module; returns the handles to remove."""
@@ -230,7 +238,8 @@ class Recorder(TorchFunctionMode):
         for path, module in model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 raise UnsupportedOperatorError(
-                    f"{path or 'the model'} is a TorchScript module, whose calls cannot be seen; pass the original nn.Module"
+                    f"{path or 'the model'} is a TorchScript module, whose calls cannot be seen; pass the "
+                    "original nn.Module"
                 )
             handles.append(module.register_forward_pre_hook(self._enter(path)))
             handles.append(module.register_forward_hook(self._leave(not any(module.children()))))
@@ -274,7 +283,8 @@ class Recorder(TorchFunctionMode):
                 self.graph.outputs.append(self.map_of(tensor, "the model's output").index)
         if not self.graph.outputs:
             raise TraceError(
-                f"the model returned {type(output).__name__} without a tensor that depends on its input; nothing can be traced"
+                f"the model returned {type(output).__name__} without a tensor that depends on its input; "
+                "nothing can be traced"
             )
         return self.graph
 
@@ -314,10 +324,13 @@ _LEAKS = frozenset(
     }
 )
 
-_DUNDERS = {
-    "__radd__": "add", "__rmul__": "mul", "__rsub__": "rsub", "__sub__": "sub", "__isub__": "sub", "__add__": "add", "__mul__": "mul",
-    "__iadd__": "add", "__imul__": "mul", "__truediv__": "div", "__itruediv__": "div", "true_divide": "div", "multiply": "mul",
-    "subtract": "sub", "concat": "cat", "concatenate": "cat", "__gt__": "gt", "greater": "gt", "__ge__": "ge", "greater_equal": "ge", "divide": "div",
+# Other names of the same function.
+_SYNONYMS = {
+    "__add__": "add", "__radd__": "add", "__iadd__": "add", "__sub__": "sub", "__isub__": "sub",
+    "subtract": "sub", "__rsub__": "rsub", "__mul__": "mul", "__rmul__": "mul", "__imul__": "mul",
+    "multiply": "mul", "__truediv__": "div", "__itruediv__": "div", "true_divide": "div", "divide": "div",
+    "concat": "cat", "concatenate": "cat", "__gt__": "gt", "greater": "gt", "__ge__": "ge",
+    "greater_equal": "ge",
 }  # fmt: skip
 
 
@@ -325,8 +338,8 @@ def _name(func: Any) -> str:
     name = getattr(func, "__name__", str(func))
     if name == "__get__":
         return getattr(func.__self__, "__name__", name)
-    if name in _DUNDERS:
-        return _DUNDERS[name]
+    if name in _SYNONYMS:
+        return _SYNONYMS[name]
     return name
 
 
