@@ -140,9 +140,8 @@ def test_top_finds_projects_reports_and_goes_on(room: Path) -> None:
     assert "cut.jpg" in result.stderr
     assert "words.jpg" in result.stderr
     table = PeakTable.load(room / "out" / "peaks.safetensors")
-    assert (
-        len(rows) == 1 + sum(len(table.top(layer, channel)) for layer in ("0", "3") for channel in (1, 2)) > 4
-    )
+    peaks = [table.top(layer, channel) for layer in ("0", "3") for channel in (1, 2)]
+    assert len(rows) == 1 + sum(map(len, peaks)) > 4
     first = table.top("3", 1)[0]
     assert f"3,1,1,{first.value:.6g},{first.y},{first.x}" in (room / "out" / "top.csv").read_text()
 
@@ -161,8 +160,8 @@ def test_top_on_tiles(room: Path) -> None:
 
 def test_a_dead_unit_is_named_shown_and_does_not_stop_the_job(room: Path) -> None:
     result = run(
-        "top", "small_nets:dead", room / "pictures", "--layers", "3", "--channels", "1,2", "--input-size", "32",
-        "--out", room / "out",
+        "top", "small_nets:dead", room / "pictures", "--layers", "3", "--channels", "1,2",
+        "--input-size", "32", "--out", room / "out",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "channel 1 of 3 is dead" in result.stderr
@@ -248,8 +247,8 @@ def test_ctrl_c_keeps_what_is_done_and_resume_finishes(room: Path) -> None:
     for i in range(1, 120):
         os.link(crowd / "000.png", crowd / f"{i:03d}.png")
     common = [
-        "top", "small_nets:net", str(crowd), "--layers", "3", "--channels", "0", "-k", "2", "--input-size", "32",
-        "--batch-size", "2", "--out", str(room / "out"),
+        "top", "small_nets:net", str(crowd), "--layers", "3", "--channels", "0", "-k", "2",
+        "--input-size", "32", "--batch-size", "2", "--out", str(room / "out"),
     ]  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-c", WATCHED, *common],

@@ -1,0 +1,30 @@
+"""What the README says works: its tour runs as it stands, its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_tour_runs_and_gives_the_shapes_it_names() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    p = names["p"]
+    images = names["images"]
+    assert isinstance(images, torch.Tensor)
+    for attribute, comment in re.findall(r"^(p\.\w+(?:\(images\))?) +# (\[[\d, ]+\])", code, re.MULTILINE):
+        value = eval(attribute, {"p": p, "images": images})
+        assert list(value.shape) == [int(n) for n in re.findall(r"\d+", comment)], attribute
+
+
+def test_links_and_pictures_exist() -> None:
+    for name in ("README.md", "CONTRIBUTING.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (ROOT / target).exists(), f"{name} points to {target}"
