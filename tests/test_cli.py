@@ -152,7 +152,10 @@ def test_top_on_tiles(room: Path) -> None:
         "--input-size", "32", "--out", room / "out",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert "[" in (room / "out" / "top.csv").read_text()
+    rows = (room / "out" / "top.csv").read_text().splitlines()[1:]
+    files = [row.split('"')[1].split(" [")[0] for row in rows]
+    assert files
+    assert len(set(files)) == len(files), "tiles of one photograph do not crowd out the others"
     one_line_error(
         run("top", "small_nets:net", room / "pictures", "--layers", "3", "--tiles", "big"), 2, "--tiles"
     )

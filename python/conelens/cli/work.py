@@ -35,6 +35,7 @@ from conelens.report import (
 )
 
 TILE = 160
+SPARE = 8  # peaks kept per winner shown, where tiles of one photograph compete
 
 
 def open_model(
@@ -193,6 +194,11 @@ class TopJob:
             raise DataError(f"{folder}: none of its images can be read")
         return cls(bench, cut_up, chosen, k, distinct)
 
+    @property
+    def _per_source(self) -> int | None:
+        """One winner per photograph where tiles were cut and winners are to be distinct."""
+        return 1 if isinstance(self.dataset, TiledFolder) and self.distinct == "image" else None
+
     def search(self, out: Path, batch_size: int, resume: Path | None) -> PeakTable:
         """One pass over the folder; Ctrl-C leaves what is done in `out/peaks.safetensors`."""
         before = None if resume is None else PeakTable.load(resume)
@@ -206,7 +212,7 @@ class TopJob:
                     self.bench.net,
                     self.dataset,
                     list(self.channels),
-                    self.k,
+                    self.k if self._per_source is None else SPARE * self.k,
                     self.distinct,
                     batch_size=batch_size,
                     progress=report,
@@ -237,7 +243,7 @@ class TopJob:
         lines = ["layer,channel,rank,activity,y,x,image"]
         for layer, chosen in self.channels.items():
             figures = []
-            for unit in winners(self.bench.net, self.dataset, table, layer, chosen, self.k):
+            for unit in winners(self.bench.net, self.dataset, table, layer, chosen, self.k, self._per_source):
                 if unit.dead:
                     warnings.warn(
                         f"channel {unit.channel} of {layer} is dead: no image gives it positive activity",

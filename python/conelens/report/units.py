@@ -54,9 +54,9 @@ class Winners:
         if self.dead:
             text = "dead: no positive activity in any image"
         elif len(self.peaks) == 1:
-            text = f"{self.peaks[0].value:.3g}"
+            text = f"{self.peaks[0].value:.4g}"
         else:
-            text = f"{self.peaks[0].value:.3g} … {self.peaks[-1].value:.3g}"
+            text = f"{self.peaks[0].value:.4g} … {self.peaks[-1].value:.4g}"
         return UnitPanel(
             f"{self.layer} · channel {self.channel} · {text}", self.patches, self.projections, note
         )
