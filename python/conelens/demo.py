@@ -48,7 +48,7 @@ SHOWN: dict[str, dict[int, str]] = {
     "fire7": {
         199: "the head of an animal",
         367: "a face with its eye",
-        266: "a whole animal, standing",
+        266: "the body of an animal",
         274: "a rounded outline: fruit, spoon, plate, patch, roof",
     },
     "fire9": {
@@ -153,10 +153,9 @@ def _montages(bench: Workbench, tiles: TiledFolder, table: PeakTable) -> list[Se
             for unit in winners(bench.net, tiles, table, layer, list(chosen), per_source=1)
         ]
         text = (
-            f"{len(chosen)} of {about.shape[0]} channels; a unit sees {high} x {wide} pixels. Left the "
-            "nine strongest image patches, at most "
-            "one per photograph; right the projections of exactly those units, each scaled to the 99th "
-            "percentile of its magnitudes."
+            f"{len(chosen)} of {about.shape[0]} channels; a unit sees {high} x {wide} pixels. Left the nine "
+            "strongest image patches, at most one per photograph; right the projections of exactly those "
+            "units, each scaled to the 99.8th percentile of its magnitudes."
         )
         sections.append(Section(f"Strongest units of {layer}", text, figures))
     return sections
