@@ -56,7 +56,8 @@ def _power_of_two(value: int, low: int, high: int) -> int:
 def gemm_config(problem: Problem) -> GemmConfig:
     """Tile sizes for the implicit matrix product, by output channels and element size."""
     half = problem.item_bytes == 2
-    block_k = _power_of_two(problem.c_in, 16, 64 if half else 32)
+    aligned = problem.c_in * problem.item_bytes % 16 == 0  # else single elements fill many more registers
+    block_k = _power_of_two(problem.c_in, 16, 64 if half and aligned else 32)
     block_n = _power_of_two(problem.c_out, 16, 128 if half else 64)
     if problem.exact_float32:
         return GemmConfig(64, min(block_n, 64), min(block_k, 16), 4, 2)
@@ -70,8 +71,8 @@ def few_config(problem: Problem, reach: Pair) -> FewConfig:
     """Tile sizes for at most four output channels; `reach` = cells from a phase's first tap to its last."""
     tile_y = _power_of_two(2 * reach[0] + 1, 8, 1024)
     tile_x = _power_of_two(2 * reach[1] + 1, 32, 1024)
-    half = problem.item_bytes == 2
-    block_k = _power_of_two(problem.c_in, 16, 64 if half else 32)
+    most = 64 if problem.item_bytes == 2 and problem.covering <= 1 else 32
+    block_k = _power_of_two(problem.c_in, 16, most)
     return FewConfig(tile_y, tile_x, 8, block_k, 8, 1)
 
 
