@@ -40,7 +40,7 @@ from conelens.projection import project
 from tests.kit.oracle import deconvnet_by_autograd, relative
 
 SIZES = (64, 96, 128, 224, 299, 331)
-LIMIT = 1e-11  # hundreds of layers add up their rounding
+LIMIT = 1e-12
 OTHER_TASKS = re.compile(  # segmentation, detection, pose, speech, small images
     r".*_cifar.*|.*_cub|.*_coco|.*_cmupan|centernet|fcn8sd|pspnet|deeplabv3|icnet|fastscnn|cgnet|dabnet|sinet|bisenet|danet|fpenet|contextnet|lednet|"
     r"esnet|edanet|enet|erfnet|linknet|segnet|unet|sqnet|prnet|lffd|pfpcnet|voca|nvpattexp|superpointnet|jasper|jasperdr|quartznet"
@@ -55,7 +55,12 @@ VARIED = (
 
 @dataclass
 class Row:
-    """One line of the table. ``error`` is the largest relative 2-norm; None where nothing was projected."""
+    """One line of the table.
+
+    ``error`` is the largest relative 2-norm of a difference from the oracle; None where nothing was projected. Where it
+    exceeds the limit, ``noise`` is how far the oracle itself moves when the image moves by one unit in the last place:
+    deep random networks with gates can be chaotic.
+    """
 
     family: str
     name: str
@@ -67,10 +72,18 @@ class Row:
     error: float | None = None
     problem: str = ""
     seconds: float = 0.0
+    noise: float = 0.0
 
     @property
     def good(self) -> bool:
-        return self.error is not None and self.error < LIMIT
+        return self.error is not None and (self.error < LIMIT or self.error < 10 * self.noise)
+
+    @property
+    def outcome(self) -> str:
+        if self.problem or self.error is None:
+            return self.problem.split("\n")[0]
+        noise = f" (the oracle itself moves by {self.noise:.0e} per ulp)" if self.noise else ""
+        return f"{self.error:.0e}{noise}"
 
 
 def imagenet_names() -> dict[str, str]:
@@ -207,9 +220,10 @@ def chosen_units(model: nn.Module, net: Network, image: Tensor) -> dict[str, lis
         ]
         units = []
         for y, x in places:
-            live = (maps[:, y, x] > 0).nonzero().flatten()
-            if len(live):
-                units.append((0, int(live[int(torch.randint(len(live), (), generator=generator))]), y, x))
+            strong = maps[:, y, x].topk(max(1, len(maps) // 8))  # weak ones are what cancellation left
+            channel = int(torch.randint(len(strong.values), (), generator=generator))
+            if strong.values[channel] > 0:
+                units.append((0, int(strong.indices[channel]), y, x))
         picked[path] = units
     return picked
 
@@ -253,7 +267,7 @@ def _examine(row: Row) -> None:
         policy = stated_policy(net)
     row.policy = ", ".join(f"{operator}: {rule}" for operator, rule in policy.items())
     row.layers = len(net.graph)
-    row.error = 0.0
+    row.error = row.noise = 0.0
     for path, units in chosen_units(model, net, image).items():
         wanted, _ = deconvnet_by_autograd(model, image, path, units, policy)
         for route in ("full", "cone"):
@@ -268,6 +282,11 @@ def _examine(row: Row) -> None:
                     route=route,
                 )
             row.error = max(row.error, *(relative(a, b) for a, b in zip(found.pixels, wanted, strict=True)))
+        if row.error >= LIMIT:
+            moved, _ = deconvnet_by_autograd(
+                model, image * (1 + torch.finfo(image.dtype).eps), path, units, policy
+            )
+            row.noise = max(row.noise, *(relative(a, b) for a, b in zip(moved, wanted, strict=True)))
         row.units += int((wanted.flatten(1).abs().amax(1) > 0).sum())
 
 
@@ -321,11 +340,9 @@ def examine_within(name: str, family: str, limit_s: float) -> Row:
 
 def line(row: Row) -> str:
     """One row as text."""
-    error = "" if row.error is None else f"{row.error:.0e}"
-    without = f"refused {row.refused}" if row.refused else error
-    result = row.problem.split("\n")[0] if row.problem else f"{error} ({row.units} units)"
+    without = f"refused {row.refused}" if row.refused else ""
     network = f"{row.family:18} {row.name:32} {row.size:4} px {row.layers:5} layers"
-    return f"{network}  {without:22} {row.policy:32} {result}  [{row.seconds} s]"
+    return f"{network}  {without:22} {row.policy:32} {row.outcome}  [{row.units} units, {row.seconds} s]"
 
 
 _PREAMBLE = """# Zoo
@@ -357,9 +374,8 @@ def table(rows: Sequence[Row]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda r: r.family):
-        error = "" if row.error is None else f"{row.error:.0e}"
-        without = f"refused: {row.refused}" if row.refused else "" if row.problem else error
-        result = row.problem.split("\n")[0].replace("|", "/") or ("" if not row.refused else error)
+        without = f"refused: {row.refused}" if row.refused else "" if row.problem else row.outcome
+        result = row.outcome.replace("|", "/") if row.refused or row.problem else ""
         text.append(
             f"| {row.family} | {row.name} | {row.size or ''} | {row.layers or ''} | {without} | "
             f"{row.policy} | {result} |"
