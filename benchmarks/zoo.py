@@ -22,6 +22,7 @@ import re
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -77,6 +78,12 @@ class Row:
     @property
     def good(self) -> bool:
         return self.error is not None and (self.error < LIMIT or self.error < 10 * self.noise)
+
+    @property
+    def operator(self) -> str:
+        """The operator that the network is refused for whatever the policy, or nothing."""
+        named = re.match(r"(\w+) in \S+: ", self.problem)
+        return named[1] if named else ""
 
     @property
     def outcome(self) -> str:
@@ -355,19 +362,23 @@ named before it.
 """
 
 
+def summary(rows: Sequence[Row]) -> str:
+    """How many networks passed, and for what the others are refused."""
+    passed = [row for row in rows if row.good]
+    free = sum(not row.refused for row in passed)
+    text = (
+        f"{len(rows)} networks of {len({row.family for row in rows})} families: {free} need no policy, "
+        f"{len(passed) - free} pass with the policy stated"
+    )
+    reasons = Counter(row.operator or row.problem for row in rows if not row.good)
+    text += "".join(f", {count} refused: {reason}" for reason, count in reasons.most_common()) + "."
+    missing = len(imagenet_names()) - len(rows)
+    return text + f"\nNot run: {missing} others, of the same families." * (missing > 0)
+
+
 def table(rows: Sequence[Row]) -> str:
     """The rows by family as Markdown."""
-    passed, refused = [r for r in rows if r.good], [r for r in rows if not r.good]
-    free = sum(not r.refused for r in passed)
-    families = len({row.family for row in rows})
-    missing = len(imagenet_names()) - len(rows)
-    text = [_PREAMBLE]
-    text.append(
-        f"{len(rows)} networks of {families} families: {free} need no policy, {len(passed) - free} pass with "
-        f"the policy stated, {len(refused)} are refused or did not run."
-    )
-    if missing:
-        text.append(f"Not run: {missing} more, widths and depths of families that are here.")
+    text = [_PREAMBLE, summary(rows)]
     text += [
         "",
         "| family | network | px | layers | without policy | policy | result |",
@@ -413,7 +424,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 file.write(json.dumps(asdict(row)) + "\n")
     if options.markdown:
         options.markdown.write_text(table(list(rows.values())))
-    return 0 if all(row.good or row.problem for row in rows.values()) else 1
+    print(summary(list(rows.values())))
+    return 0 if all(row.good or row.operator for row in rows.values()) else 1
 
 
 if __name__ == "__main__":

@@ -83,7 +83,8 @@ class Recorder(TorchFunctionMode):
             )
         if found.layout not in ("map", "vector"):
             raise UnsupportedOperatorError(
-                f"{self.here}: {what} is no map [N, C, H, W] (shape {tuple(tensor.shape)})"
+                f"{self.here}: {what} of shape {tuple(tensor.shape)} is a view that mixes channels and space, "
+                "which only calls that move cells can take"
             )
         return self.graph[found.node]
 
