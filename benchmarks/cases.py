@@ -46,8 +46,9 @@ class Case:
 
     ``inputs()`` makes what every contender reads; ``ours`` and ``others`` map names to functions of it; names
     that end in "reused" write into buffers of their own. ``read`` brings a result of any contender into one
-    comparable form. ``check_inputs`` makes smaller inputs for the gate, `check_part` of the work, where a run of
-    everybody would take too long. ``tolerance`` is the relative 2-norm allowed to floats; whole numbers must be equal.
+    comparable form. ``check_inputs`` makes smaller inputs for the gate, ``check_part`` of the work, where a run
+    of everybody would take too long. ``tolerance`` is the relative 2-norm allowed to floats; whole numbers must
+    be equal.
     """
 
     section: str

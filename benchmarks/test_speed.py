@@ -20,9 +20,9 @@ _ready: tuple[str, Any, Any] = ("", None, None)
 
 
 def prepare(case: Case, facts: dict[str, dict[str, Any]]) -> tuple[Any, Any]:
-    """Inputs to time and inputs to check with, behind the case's gate; what the table needs besides times goes into `facts`.
+    """Inputs to time and inputs to check with, behind the case's gate. Only the latest case is held in memory.
 
-    Only the latest case is held, for the memory's sake.
+    What the table needs besides times goes into `facts`.
     """
     global _ready
     if _ready[0] != case.identity:
