@@ -364,6 +364,16 @@ GRAPHS: dict[str, nn.Module] = {
     "slices of channels": Lambda(lambda x: torch.cat([x[:, 2:], F.relu(x[:, :2])], 1)),
     "every other channel": Lambda(lambda x: F.relu(x[:, ::2]), after=2),
     "concatenation": Lambda(lambda x: torch.cat([F.relu(x), x, F.max_pool2d(x, 3, 1, 1)], 1), after=12),
+    "channels of zeros": Lambda(lambda x: F.pad(F.relu(x), (0, 0, 0, 0, 1, 2)), after=7),
+    "concatenation with zeros": Lambda(
+        lambda x: torch.cat([x[:, :1], torch.zeros_like(x), F.relu(x)], 1), after=9
+    ),
+    "stacked and summed": Lambda(lambda x: F.relu(torch.stack([x, F.relu(x)], 1).sum(1))),
+    "broadcast sum": Lambda(lambda x: F.relu(x - x.mean((2, 3), keepdim=True))),
+    "mean of channels": Lambda(lambda x: F.relu(x - x.mean(1, keepdim=True))),
+    "mean by a view": Lambda(lambda x: F.relu(x - x.view(*x.shape[:2], -1).mean(-1)[:, :, None, None])),
+    "flip and roll": Lambda(lambda x: F.relu(x.flip(3).roll(1, 2)[:, [2, 0, 1, 3]])),
+    "maximum over space": Lambda(lambda x: F.relu(x - x.amax((2, 3), keepdim=True))),
     "channel shuffle by views": Lambda(lambda x: F.relu(_shuffle(x, 2))),
     "F.channel_shuffle": Lambda(lambda x: F.relu(F.channel_shuffle(x, 2))),
     "nn.ChannelShuffle": Lambda(nn.ChannelShuffle(2)),

@@ -136,11 +136,21 @@ def stack(rec: Recorder, out: Tensor, tensors: Sequence[Tensor], dim: int = 0) -
 
 
 def concatenate(rec: Recorder, out: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> Result:
+    """Channels after one another; constant parts may be zeros."""
     if dim % out.ndim != 1 or out.ndim not in (2, 4):
         raise UnsupportedOperatorError(
             f"{rec.here}: only channels may be concatenated (got dimension {dim} of {tuple(out.shape)})"
         )
-    return _join(rec, [rec.map_of(t, "a concatenated tensor") for t in tensors])
+    zeros = [rec.meaning(t) is None and not t.any() for t in tensors]
+    parts = [t for t, zero in zip(tensors, zeros, strict=True) if not zero]
+    joined = _join(rec, [rec.map_of(t, "a concatenated tensor") for t in parts])
+    if not any(zeros):
+        return joined
+    own = iter(range(joined.shape[0]))
+    channels = [
+        -1 if zero else next(own) for t, zero in zip(tensors, zeros, strict=True) for _ in range(t.shape[1])
+    ]
+    return rec.select(joined, torch.tensor(channels))
 
 
 def _join(rec: Recorder, nodes: Sequence[Node]) -> Node:
