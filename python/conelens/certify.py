@@ -32,7 +32,8 @@ class TieProbe:
         """The same, cut out of the whole maps that a full forward pass kept."""
         for index, x in maps.items():
             if index in self.plan.places:
-                place = self.plan.edges[index][0].place
+                (source,) = self.graph[index].inputs
+                place = Step(self.plan.edges[index], [self.plan.places[source]], self.plan.places[index]).read(0)
                 op = self.graph[index].op
                 self._windows[index] = take(x, place.origin, place.size, op.outside, rows)
 

@@ -6,7 +6,7 @@ the map went on (what a padded layer reads there); a :class:`ConePlan` clips the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -37,23 +37,16 @@ class _Template:
     first: np.ndarray  # units first <= position <= last are interior, [2]
     last: np.ndarray
 
-    def at(self, graph: Graph, positions: np.ndarray) -> ConePlan | None:
+    def at(self, positions: np.ndarray) -> ConePlan | None:
         """The plan for ``positions`` [U, 2], or None when one of them is not interior."""
         if (positions < self.first).any() or (positions > self.last).any():
             return None
 
-        def move(place: Place, index: int) -> Place:
-            return Place(None, place.size, (place.low, self.strides[index], positions))
-
-        places = {index: move(place, index) for index, place in self.plan.places.items()}
-        edges = {
-            index: [
-                Edge(move(edge.place, source), edge.offset)
-                for edge, source in zip(made, graph[index].inputs, strict=True)
-            ]
-            for index, made in self.plan.edges.items()
+        places = {
+            index: Place(None, place.size, (place.low, self.strides[index], positions))
+            for index, place in self.plan.places.items()
         }
-        return ConePlan(self.plan.target, self.plan.order, places, self.plan.hangs, edges)
+        return replace(self.plan, places=places)
 
 
 def plan_cone(graph: Graph, target: int, positions: np.ndarray) -> ConePlan:
@@ -62,7 +55,7 @@ def plan_cone(graph: Graph, target: int, positions: np.ndarray) -> ConePlan:
     Cells that leave the map for *every* unit are trimmed; a window as large as the map becomes the whole map.
     """
     template = graph.remember(("template", target), lambda: _template(graph, target))
-    plan = None if template is None else template.at(graph, positions)
+    plan = None if template is None else template.at(positions)
     return plan or _plan(graph, target, positions.astype(np.int64), borders=True)
 
 
@@ -87,7 +80,7 @@ def _plan(graph: Graph, target: int, low: np.ndarray, borders: bool) -> ConePlan
             needs[source] = (start, end)
     edges = {
         index: [
-            Edge(want, Place(want.low - places[source].low, want.size).origin)
+            Edge(Place(want.low - places[source].low, want.size).origin, want.size)
             for want, source in zip(wants[index], graph[index].inputs, strict=True)
         ]
         for index in order

@@ -87,6 +87,7 @@ class Schedule:
     ready: dict[int, Conv2d]  # convolutions as they run: filters laid out for the device, the affine map behind folded in
     in_place: set[int]  # ReLUs that may overwrite a fresh tensor nobody else reads
     last_reads: dict[int, list[int]]  # node → the values that nobody reads after it
+    narrow: int | None  # a convolution of which single units need but their own channel
 
 
 def schedule(graph: Graph, targets: tuple[int, ...], observed: bool = False) -> Schedule:
@@ -94,7 +95,8 @@ def schedule(graph: Graph, targets: tuple[int, ...], observed: bool = False) -> 
 
     def make() -> Schedule:
         readers = graph.consumers(targets)
-        made = Schedule(graph.ancestors(targets), set(), set(), {}, set(), {index: [] for index in readers})
+        drops: dict[int, list[int]] = {index: [] for index in readers}
+        made = Schedule(graph.ancestors(targets), set(), set(), {}, set(), drops, _narrow(graph, targets, readers))
         for index, consumers in readers.items():
             if consumers and index not in targets:
                 made.last_reads[max(consumers)].append(index)
@@ -115,6 +117,18 @@ def schedule(graph: Graph, targets: tuple[int, ...], observed: bool = False) -> 
         return made
 
     return graph.remember(("schedule", targets, observed), make)
+
+
+def _narrow(graph: Graph, targets: tuple[int, ...], readers: dict[int, list[int]]) -> int | None:
+    """The convolution that ``targets`` is, or that only it reads through a ReLU and a folded affine map."""
+    if len(targets) > 1:
+        return None
+    index = targets[0]
+    if isinstance(graph[index].op, Rectify) and len(readers[graph[index].inputs[0]]) == 1:
+        (index,) = graph[index].inputs
+    if isinstance(graph[index].op, Affine) and len(readers[graph[index].inputs[0]]) == 1:
+        (index,) = graph[index].inputs
+    return index if isinstance(graph[index].op, Conv2d) else None
 
 
 def _prepared(graph: Graph, index: int, affine: int | None) -> Conv2d:
@@ -146,7 +160,7 @@ def forward_whole(
 ) -> dict[int, Tensor]:
     """Whole-map forward pass to ``targets``; fills ``switches`` per max-pool node when given.
 
-    ``observe(node, input map)`` sees every max pool's input and every map that a gradient rule or a gate has to remember.
+    ``observe(node, last input)`` sees every node's input map (a gate's is the gate).
     """  # fmt: skip
     todo = schedule(graph, targets, observe is not None)
     values: dict[int, Tensor] = {}
@@ -174,47 +188,59 @@ def forward_whole(
 
 
 def forward_cone(
-    graph: Graph, plan: ConePlan, images: Tensor, rows: Tensor | None, *, observe: Observer | None = None
+    graph: Graph, plan: ConePlan, images: Tensor, rows: Tensor | None, channels: Tensor, *, observe: Observer | None = None
 ) -> tuple[Tensor, dict[int, Step]]:
-    """Forward pass on the windows of ``plan``; returns the target's [U, C, 1, 1] and the steps the top-down pass needs."""
+    """Forward pass on the windows of ``plan``: the units' own values [U] in ``channels`` [U], and the steps of the pass."""
     todo = schedule(graph, (plan.target,), observe is not None)
+    nodes, places = graph.nodes, plan.places
     values: dict[int, Tensor] = {}
     steps: dict[int, Step] = {}
     for index in plan.order:
-        node, op = graph[index], todo.ready.get(index, graph[index].op)
-        place, edges = plan.places[index], plan.edges[index]
+        node, place = nodes[index], places[index]
+        op = todo.ready.get(index, node.op)
         if not node.inputs:
             values[index] = _finite(take(images, place.origin, place.size, rows=rows))
             continue
-        steps[index] = step = Step(edges, place)
-        rectify = index in todo.rectified
-        inputs = []
-        for source, edge in zip(node.inputs, edges, strict=True):
-            x = values[source]
-            if op.outside != 0.0 and (
-                plan.hangs[source] or _pads(edge.offset, edge.place.size, plan.places[source].size)
-            ):
-                if rectify:  # a tap outside the map must lose against a rectified one inside
-                    x, rectify = torch.relu(x), False
-                if plan.hangs[source]:
-                    x = x.masked_fill(~inside(plan.places[source], graph[source].size, x.device), op.outside)
-            inputs.append(take(x, edge.offset, edge.place.size, op.outside))
-        if index in todo.passed:
-            value = inputs[0]
-        elif isinstance(op, MaxPool2d):
-            value, step.memo["switches"] = op.pool(inputs[0], False, relu=rectify)
-        elif index in todo.in_place:
-            value = torch.relu_(inputs[0])
+        steps[index] = step = Step(plan.edges[index], [places[source] for source in node.inputs], place)
+        if isinstance(op, MaxPool2d):
+            value = _pool_window(graph, plan, index, values[node.inputs[0]], step, index in todo.rectified, observe)
         else:
-            value = op.forward(inputs, step)
+            inputs = [
+                take(values[source], edge.offset, edge.size) for source, edge in zip(node.inputs, step.edges, strict=True)
+            ]
+            if index in todo.passed:
+                value = inputs[0]
+            elif index == todo.narrow and isinstance(op, Conv2d):
+                value = op.unit(inputs[0], channels)
+            elif index in todo.in_place:
+                value = torch.relu_(inputs[0])
+            else:
+                value = op.forward(inputs, step)
         if plan.hangs[index] and not op.keeps_zero and index not in todo.passed:
             value = value.masked_fill(~inside(place, node.size, value.device), 0.0)
-        if observe is not None:
-            observe(index, inputs[-1])
         values[index] = value
         for source in todo.last_reads[index]:
             del values[source]
-    return values[plan.target], steps
+    value = values[plan.target].flatten(1)
+    return value[:, 0] if todo.narrow is not None else value.gather(1, channels[:, None])[:, 0], steps
+
+
+def _pool_window(
+    graph: Graph, plan: ConePlan, index: int, x: Tensor, step: Step, rectify: bool, observe: Observer | None
+) -> Tensor:
+    """Max pooling of one window, in which a tap outside the map must lose against every tap inside."""
+    op, (source,), (edge,) = graph[index].op, graph[index].inputs, step.edges
+    assert isinstance(op, MaxPool2d)
+    if plan.hangs[source] or _pads(edge.offset, edge.size, plan.places[source].size):
+        if rectify:
+            x, rectify = torch.relu(x), False
+        if plan.hangs[source]:
+            x = x.masked_fill(~inside(plan.places[source], graph[source].size, x.device), op.outside)
+    x = take(x, edge.offset, edge.size, op.outside)
+    if observe is not None:
+        observe(index, x)
+    pooled, step.memo["switches"] = op.pool(x, False, relu=rectify)
+    return pooled
 
 
 def _finite(windows: Tensor) -> Tensor:
@@ -238,12 +264,12 @@ def steps_from_whole(
     steps: dict[int, Step] = {}
     for index in plan.order:
         op, place = graph[index].op, plan.places[index]
-        steps[index] = step = Step(plan.edges[index], place)
+        steps[index] = step = Step(plan.edges[index], [plan.places[i] for i in graph[index].inputs], place)
         if isinstance(op, MaxPool2d):
             step.memo["switches"] = take(switches[index], place.origin, place.size, rows=rows)
         elif index in memory:
             key = "gate" if op.kind == "gate" else "input"
-            held = plan.edges[index][-1].place
+            held = step.read(-1)
             step.memo[key] = take(memory[index], held.origin, held.size, rows=rows)
     return steps
 
@@ -371,7 +397,7 @@ def _send(
     if isinstance(op, Conv2d):
         if trimmed:
             return [Signal(_through_filters(op, signal, _negative(edges[0].offset), held[0]))]
-        return [Signal(_place(_through_filters(op, signal, (0, 0), edges[0].place.size), edges[0], held[0]))]
+        return [Signal(_place(_through_filters(op, signal, (0, 0), edges[0].size), edges[0], held[0]))]
     sent = op.topdown(signal.settle(), step)
     return [
         None if part is None else Signal(_place(part, edge, size))

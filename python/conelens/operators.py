@@ -54,21 +54,26 @@ class Place:
         return low
 
 
-@dataclass
+@dataclass(frozen=True)
 class Edge:
-    """What one input of a node must provide: its place, and where that begins inside the window held for the input."""
+    """What one input of a node must provide: a window of ``size`` that begins at ``offset`` of the one held for it."""
 
-    place: Place
     offset: Offset
+    size: Pair
 
 
 @dataclass
 class Step:
     """What an operator may need besides its inputs: where its windows lie, and a memo shared by the two passes."""
 
-    inputs: list[Edge]
+    edges: list[Edge]
+    sources: list[Place]  # the windows held for the inputs
     output: Place
     memo: dict[str, Any] = field(default_factory=dict)
+
+    def read(self, edge: int) -> Place:
+        """Where the window that an input provides lies on its map."""
+        return Place(self.sources[edge].low + np.asarray(self.edges[edge].offset), self.edges[edge].size)
 
 
 class Operator:
@@ -161,14 +166,25 @@ class Conv2d(Operator):
         dtype = self.weight.dtype
         return replace(self, weight=weight.to(dtype), bias=None if bias is None else bias.to(dtype))
 
+    def unit(self, x: Tensor, channels: Tensor) -> Tensor:
+        """Outputs [U, 1, 1, 1] of single ``channels`` [U]: one dot product each instead of every channel's."""
+        kernel = self.weight[channels]
+        if self.groups > 1:
+            x = x.unflatten(1, (self.groups, -1))[torch.arange(len(x), device=x.device), self._group(channels)]
+        x = x[:, :, :: self.dilation[0], :: self.dilation[1]]
+        values = (x * kernel).sum((1, 2, 3), keepdim=True)
+        return values if self.bias is None else values + self.bias[channels][:, None, None, None]
+
+    def _group(self, channels: Tensor) -> Tensor:
+        return torch.div(channels, self.weight.shape[0] // self.groups, rounding_mode="floor")
+
     def project_unit(self, values: Tensor, channels: Tensor) -> Tensor:
         """Top-down signal of single units: ``values`` [U] at ``channels`` [U] of a 1x1 window → [U, Ci, span, span]."""
         kernel = self.weight[channels] * values.reshape(-1, 1, 1, 1).to(self.weight.dtype)
         if self.groups > 1:
             per_group = self.weight.shape[1]
-            group = torch.div(channels, self.weight.shape[0] // self.groups, rounding_mode="floor")
             full = kernel.new_zeros((kernel.shape[0], self.groups, per_group, *kernel.shape[2:]))
-            full[torch.arange(len(group), device=group.device), group] = kernel
+            full[torch.arange(len(kernel), device=kernel.device), self._group(channels)] = kernel
             kernel = full.flatten(1, 2)
         if self.dilation != (1, 1):
             (dy, dx), (kh, kw) = self.dilation, self.weight.shape[2:]
@@ -303,8 +319,7 @@ class Spatial(Operator):
             return whole
         if "matrices" not in step.memo:
             step.memo["matrices"] = tuple(
-                _cut(matrix, step.output.low[:, axis], step.output.size[axis], step.inputs[0].place.low[:, axis],
-                     step.inputs[0].place.size[axis])
+                _cut(matrix, *((p.low[:, axis], p.size[axis]) for p in (step.output, step.read(0))))
                 for axis, matrix in enumerate(whole)
             )
         return step.memo["matrices"]
@@ -318,8 +333,9 @@ class Spatial(Operator):
         return [torch.matmul(rows.transpose(-1, -2), torch.matmul(signal, columns))]
 
 
-def _cut(matrix: Tensor, out_low: np.ndarray, out_size: int, in_low: np.ndarray, in_size: int) -> Tensor:
-    """Sub-matrices [U, 1, out_size, in_size] at per-unit origins, zero outside; 2-D when every unit has the same."""
+def _cut(matrix: Tensor, out: tuple[np.ndarray, int], read: tuple[np.ndarray, int]) -> Tensor:
+    """Sub-matrices [U, 1, out size, in size] at (origins [U], size) on both sides, zero outside; 2-D when all units agree."""
+    (out_low, out_size), (in_low, in_size) = out, read
     if (out_low == out_low[0]).all() and (in_low == in_low[0]).all():
         out_low, in_low = out_low[:1], in_low[:1]
     height, width = matrix.shape
@@ -504,7 +520,7 @@ class Add(Operator):
         return total
 
     def topdown(self, signal: Tensor, step: Step) -> list[Tensor | None]:
-        return [signal for _ in step.inputs]
+        return [signal for _ in step.edges]
 
 
 @dataclass(eq=False)
@@ -610,7 +626,7 @@ class Pad(Operator):
             return F.pad(x, (left, right, top, bottom), value=self.value)
         if self.value == 0.0:
             return x
-        return x.masked_fill(~inside(step.inputs[0].place, self.in_size, x.device), self.value)
+        return x.masked_fill(~inside(step.read(0), self.in_size, x.device), self.value)
 
     def topdown(self, signal: Tensor, step: Step) -> list[Tensor | None]:
         return [signal]

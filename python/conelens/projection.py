@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -133,8 +132,8 @@ class _Job:
         self.device = images.device
         count = len(units)
         self.places = np.zeros((count, 2), np.int64) if units.places is None else units.places
-        self.crops: Tensor | None = None
         self.values = images.new_empty(count)
+        self.windows: list[tuple[np.ndarray, Tensor, np.ndarray]] = []  # (units, [U, C, h, w], where they begin)
         self.near_ties = torch.zeros(count, dtype=torch.int64, device=self.device) if certify else None
         self.tie_effect = images.new_zeros(count) if certify else None
 
@@ -161,8 +160,10 @@ class _Job:
             probe = TieProbe(self.graph, plan) if self.certify else None
             in_order = len(chunk) == len(self.images) and (rows[chunk] == np.arange(len(chunk))).all()
             picked = None if in_order else self._tensor(rows[chunk])
-            out, steps = forward_cone(self.graph, plan, self.images, picked, observe=probe.observe if probe else None)
-            self._finish(chunk, plan, steps, out, probe)
+            channels = self._tensor(self.units.channels[chunk])
+            observe = probe.observe if probe else None
+            out, steps = forward_cone(self.graph, plan, self.images, picked, channels, observe=observe)
+            self._finish(chunk, plan, steps, out, channels, probe)
 
     def _full(self, known: bool) -> None:
         """Whole forward pass once per image, then the top-down pass on the cones."""
@@ -192,7 +193,8 @@ class _Job:
                 probe = TieProbe(graph, plan) if self.certify else None
                 if probe is not None:
                     probe.observe_whole(pooled, picked)
-                self._finish(chunk, plan, steps, maps[picked, :, y, x][:, :, None, None], probe)
+                channels = self._tensor(self.units.channels[chunk])
+                self._finish(chunk, plan, steps, maps[picked, channels, y, x], channels, probe)
 
     def _passes(self) -> Iterator[tuple[np.ndarray, np.ndarray, Tensor]]:
         """(units, image of each within the batch, images): every image that is asked for once, as memory allows."""
@@ -216,39 +218,38 @@ class _Job:
 
     # --- results -----------------------------------------------------------------------------------------------------
 
-    def _finish(self, chunk: np.ndarray, plan: ConePlan, steps: dict[int, Step], out: Tensor, probe: TieProbe | None) -> None:
-        """Seeds, top-down pass, and the results of one chunk of units moved into their unclipped boxes."""
-        channels = self._tensor(self.units.channels[chunk])
-        values = out.gather(1, channels[:, None, None, None])[:, 0, 0, 0].clamp_min(0)
+    def _finish(
+        self, chunk: np.ndarray, plan: ConePlan, steps: dict[int, Step], out: Tensor, channels: Tensor, probe: TieProbe | None
+    ) -> None:
+        """Seeds, top-down pass, and the results of one chunk of units."""
+        values = out.clamp_min(0)
         windows = topdown(self.graph, plan, steps, values, channels)
-        moved = Place(self.boxes[chunk, :2] - plan.places[0].low, self._size)
-        crops = take(windows, moved.origin, self._size)
+        self.windows.append((chunk, windows, plan.places[0].low))
         if len(chunk) == len(self.units):
-            self.crops, self.values = crops, values  # one chunk holds all units in order
+            self.values = values  # one chunk holds all units, in order
         else:
-            if self.crops is None:
-                self.crops = self.images.new_empty((len(self.units), *crops.shape[1:]))
-            index = self._tensor(chunk)
-            self.crops[index], self.values[index] = crops, values
+            self.values[self._tensor(chunk)] = values
         if probe is not None and self.near_ties is not None and self.tie_effect is not None:
             index = self._tensor(chunk)
             self.near_ties[index], self.tie_effect[index] = probe.report(steps, values, channels, windows)
 
-    @cached_property
-    def boxes(self) -> np.ndarray:
-        places = self.places if len(self.places) else np.zeros((1, 2), np.int64)
-        return unit_boxes(self.graph, self.node.index, places)
-
-    @cached_property
-    def _size(self) -> tuple[int, int]:
-        height, width = (self.boxes[:, 2:] - self.boxes[:, :2]).max(0).tolist()
-        return height, width
-
     def _result(self) -> Projection:
+        """Windows of all chunks, moved into the units' unclipped boxes."""
         count = len(self.units)
-        crops = self.images.new_zeros((count, self.images.shape[1], *self._size)) if self.crops is None else self.crops
+        places = self.places if count else np.zeros((1, 2), np.int64)
+        boxes = unit_boxes(self.graph, self.node.index, places)
+        height, width = (boxes[:, 2:] - boxes[:, :2]).max(0).tolist()
+        crops = self.images.new_zeros((0, self.images.shape[1], height, width))
+        for chunk, windows, low in self.windows:
+            moved = take(windows, Place(boxes[chunk, :2] - low, (height, width)).origin, (height, width))
+            if len(chunk) == count:
+                crops = moved
+            else:
+                if not len(crops):
+                    crops = moved.new_empty((count, *moved.shape[1:]))
+                crops[self._tensor(chunk)] = moved
         return Projection(
-            crops, self._tensor(self.boxes[:count]), self.values, self._tensor(self.places), self._tensor(self.units.rows),
+            crops, self._tensor(boxes[:count]), self.values, self._tensor(self.places), self._tensor(self.units.rows),
             (self.images.shape[2], self.images.shape[3]), self.near_ties, self.tie_effect,
         )  # fmt: skip
 

@@ -52,12 +52,11 @@ def read_units(node: Node, images: Tensor, channel: Any, position: Any, image: A
     rows = given["image"]
     if rows is None:
         rows = np.arange(units) if units == len(images) else np.zeros(units, np.int64)
-    rows = np.broadcast_to(rows, (units,)).copy()
-    channels = np.broadcast_to(given["channel"], (units,)).copy()
+    rows, channels = (v if v.ndim else np.full(units, v) for v in (rows, given["channel"]))
     _check_range("image", rows, len(images), "the images given")
     _check_range("channel", channels, node.shape[0], f"layer {node.name}")
     if where is not None:
-        where = np.broadcast_to(where, (units, 2))
+        where = where if where.ndim == 2 else np.repeat(where[None], units, 0)
         _check_range("position y", where[:, 0], node.shape[1], f"layer {node.name}")
         _check_range("position x", where[:, 1], node.shape[2], f"layer {node.name}")
     return Units(rows, channels, where)
@@ -75,6 +74,6 @@ def _integers(name: str, value: Any, most: int) -> np.ndarray | None:
 
 
 def _check_range(name: str, values: np.ndarray, size: int, of: str) -> None:
-    if values.size and (values.min() < 0 or values.max() >= size):
+    if values.size and values.astype(np.uint64).max() >= size:  # negative ones wrap to huge ones
         wrong = values[(values < 0) | (values >= size)]
         raise ArgumentError(f"{name}: got {int(wrong[0])}, wanted 0..{size - 1} ({of} has {size})")

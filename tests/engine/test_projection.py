@@ -101,6 +101,18 @@ def test_many_units_equal_one_by_one_in_any_order(
         assert single.boxes.tolist() == together.boxes[order].tolist()
 
 
+def test_peaks_of_many_passes_equal_those_of_one(
+    net: conelens.Network, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = conelens.project(net, images, "6", [4, 2, 4, 1])
+    monkeypatch.setattr(projection, "images_per_pass", lambda *a: 1)
+    for route in ("auto", "cone"):
+        apart = conelens.project(net, images, "6", [4, 2, 4, 1], route=route)
+        assert apart.positions.tolist() == together.positions.tolist()
+        assert apart.boxes.tolist() == together.boxes.tolist()
+        assert relative(apart.pixels, together.pixels) < 1e-12
+
+
 def test_full_route_runs_each_image_once(
     net: conelens.Network, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,7 +242,8 @@ def test_differing_switches_between_routes_are_near_ties() -> None:
     noise[1, :, :10] = noise[1, :, 30:] = 0.0  # letterbox
     net = conelens.trace(model, noise)
     maps = net.forward(noise, ["6"])["6"]
-    rows, channels, ys, xs = (maps > 0).nonzero().T.tolist()
+    # not the faintest: the relative error of a seed that is a cancelled sum says nothing about switches
+    rows, channels, ys, xs = (maps > 0.05 * maps.amax()).nonzero().T.tolist()
     places = list(zip(ys, xs, strict=True))
     full = conelens.project(net, noise, "6", channels, places, rows, route="full")
     cone = conelens.project(net, noise, "6", channels, places, rows, route="cone", certify=True)

@@ -40,7 +40,7 @@ def compare(net: conelens.Network, images: Tensor, layer: str, image: int, place
     switches: dict[int, Tensor] = {}
     with torch.inference_mode():
         x = images[image : image + 1]
-        _, cone_steps = forward_cone(graph, plan, x, None, observe=windows.__setitem__)
+        _, cone_steps = forward_cone(graph, plan, x, None, torch.zeros(1, dtype=torch.long), observe=windows.__setitem__)
         forward_whole(graph, x, (target,), switches=switches)
         full_steps = steps_from_whole(graph, plan, torch.zeros(1, dtype=torch.long), switches, whole)
     compared = differing = unexplained = 0

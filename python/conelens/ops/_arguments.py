@@ -22,6 +22,9 @@ _HUGE = 4 << 20  # bytes from which a fresh CPU output asks for huge pages
 
 def pair(value: int | Sequence[int], name: str, minimum: int) -> Pair:
     """An int or two of them -> (y, x); each at least `minimum`."""
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
+        if value[0] >= minimum and value[1] >= minimum:
+            return value  # the engine's own calls, thousands a second
     integer = (int, torch.SymInt, np.integer)
     values = (
         (value, value) if isinstance(value, integer) else tuple(value) if isinstance(value, Sequence) else ()
@@ -96,10 +99,11 @@ def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) 
     """Fresh map in like's layout; a large one on the CPU asks for huge pages, as page faults cost more than the kernel."""
     layout = torch.channels_last if is_channels_last(like) else torch.contiguous_format
     out = torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device, memory_format=layout)
-    if out.device.type == "cpu" and isinstance(out.numel(), int) and out.numel() * out.itemsize >= _HUGE:
+    size = out.numel()
+    if isinstance(size, int) and size * out.itemsize >= _HUGE and out.device.type == "cpu":
         module = _native.cpu().module
         if module is not None:
-            module.advise_huge_pages(out.data_ptr(), out.numel() * out.itemsize)
+            module.advise_huge_pages(out.data_ptr(), size * out.itemsize)
     return out
 
 

@@ -75,7 +75,11 @@ class Implementations:
     compiled: Callable[..., Any]  # (Native, *args, out=None)
     reference: Callable[..., Any]  # (*args)
     compiled_limits: Callable[..., str | None] = field(default=lambda *_: None)
-    order: tuple[str, ...] = BACKENDS
+    order: tuple[str, ...] | Callable[..., tuple[str, ...]] = BACKENDS  # or what the arguments make of it
+
+    def candidates(self, args: tuple[Any, ...]) -> tuple[str, ...]:
+        """Backends in the order of automatic choice; the reference comes last."""
+        return self.order(*args) if callable(self.order) else self.order
 
     def reason(self, backend: str, device: torch.device, args: tuple[Any, ...]) -> str | None:
         """Why `backend` cannot run these arguments, or None."""
@@ -127,15 +131,18 @@ def choose(op: Implementations, device: torch.device, args: tuple[Any, ...]) -> 
     """Name of the backend that runs these arguments."""
     if _choice.backend == "auto":
         # the interpreter is for tests that ask for it: the CPU's own kernel goes first
-        order = ("compiled", "reference") if device.type == "cpu" else op.order
-        backend = next(name for name in order if op.reason(name, device, args) is None)
+        order = ("compiled", "reference") if device.type == "cpu" else op.candidates(args)
+        for backend in order:
+            if op.reason(backend, device, args) is None:
+                break
     else:
         backend = _choice.backend
         reason = op.reason(backend, device, args)
         if reason is not None:
             raise BackendError(f"{op.name}: backend {backend!r} was asked for but cannot run: {reason}")
     if backend == "reference" and _choice.kernels_required:
-        reasons = "; ".join(f"{name}: {op.reason(name, device, args)}" for name in op.order[:-1])
+        reasons = "; ".join(f"{name}: {op.reason(name, device, args)}" for name in op.candidates(args)[:-1])
         raise BackendError(f"{op.name} would run its reference although kernels are required ({reasons})")
-    _log.debug("%s on %s runs %s", op.name, device, backend)
+    if _log.isEnabledFor(logging.DEBUG):
+        _log.debug("%s on %s runs %s", op.name, device, backend)
     return backend

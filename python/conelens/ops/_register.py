@@ -21,6 +21,11 @@ OPERATORS: dict[str, Operator] = {}
 Outputs = Tensor | tuple[Tensor, ...]
 
 
+def _watched() -> bool:
+    """Does a compiler or a dispatch mode (fake tensors, tracing) want to see operations?"""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 class Operator:
     """One registered operation; call it with the schema's arguments in order."""
 
@@ -54,6 +59,8 @@ class Operator:
         )
 
     def __call__(self, *args: Any) -> Any:
+        if torch.is_inference_mode_enabled() and not _watched() and type(args[0]) is Tensor:
+            return self._run(*args)  # nobody records this call: spare the dispatcher's ten microseconds
         return self._functional(*args)
 
     def into(self, out: tuple[Tensor, ...], *args: Any) -> None:
@@ -89,4 +96,4 @@ def backends(name: str, *args: Any) -> dict[str, str | None]:
     op = OPERATORS[name].implementations
     if not args or not isinstance(args[0], Tensor):
         raise ArgumentError(f"backends({name!r}, x, ...) wants the operation's tensors, got {args!r}")
-    return {backend: op.reason(backend, args[0].device, args) for backend in op.order}
+    return {backend: op.reason(backend, args[0].device, args) for backend in op.candidates(args)}
