@@ -5,6 +5,7 @@
 
 #include "channel_peaks/bind.h"
 #include "conelens.h"
+#include "deconv2d/bind.h"
 #include "max_pool2d_with_switches/bind.h"
 #include "max_unpool2d/bind.h"
 
@@ -36,16 +37,16 @@ struct Cuda {
 
 namespace {
 
-// Why nothing can run here, or None. Any error counts: without a driver, or with one older than the toolkit, it is
-// cudaErrorInsufficientDriver.
+// Why nothing can run here, or None. Any error counts: without a driver, or with one older than the toolkit,
+// it is cudaErrorInsufficientDriver.
 py::object unusable_reason() {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
   if (error != cudaSuccess)
     return py::str(std::string("CUDA cannot be used: ") + cudaGetErrorString(error) + " (cudaError " +
-                   std::to_string(static_cast<int>(error)) + "; the compiled kernels need a driver for CUDA " +
-                   std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10) +
-                   " or newer)");
+                   std::to_string(static_cast<int>(error)) +
+                   "; the compiled kernels need a driver for CUDA " + std::to_string(CUDART_VERSION / 1000) +
+                   "." + std::to_string(CUDART_VERSION % 1000 / 10) + " or newer)");
   if (count == 0) return py::str("there is no CUDA device");
   return py::none();
 }
@@ -64,10 +65,11 @@ PYBIND11_MODULE(_cuda, m, pybind11::mod_gil_not_used()) {
   m.def("unusable_reason", &unusable_reason, "Why the kernels cannot run here, or None.");
   m.def("device_count", &device_count, "CUDA devices, 0 when CUDA cannot be used.");
   m.def(
-      "error_string", [](int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }, py::arg("code"),
-      "Text of a cudaError_t.");
+      "error_string", [](int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); },
+      py::arg("code"), "Text of a cudaError_t.");
 
   register_channel_peaks<Cuda>(m, conelens_channel_peaks_cuda);
+  register_deconv2d<Cuda>(m, conelens_deconv2d_cuda);
   register_max_pool2d_with_switches<Cuda>(m, conelens_max_pool2d_with_switches_cuda);
   register_max_unpool2d<Cuda>(m, conelens_max_unpool2d_cuda, conelens_max_unpool2d_backward_cuda);
 }

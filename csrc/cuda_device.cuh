@@ -1,5 +1,6 @@
 // What the CUDA kernels share: conversions, vectors of 1 to 16 bytes, index decoding, and the launch.
-// tests/aot/emulation stands in for the CUDA headers, so that the same source also runs on the host, thread by thread.
+// tests/aot/emulation stands in for the CUDA headers, so that the same source also runs on the host, thread
+// by thread.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -22,7 +23,8 @@ namespace conelens::cuda {
 
 constexpr int kThreads = 256;
 
-// --- conversions: 16-bit floats are computed in float --------------------------------------------------------------
+// --- conversions: 16-bit floats are computed in float
+// --------------------------------------------------------------
 
 template <class T>
 struct Wide {
@@ -35,8 +37,12 @@ struct Wide<double> {
 template <class T>
 using Compute = typename Wide<T>::type;
 
-CONELENS_DEVICE float widen(float value) { return value; }
-CONELENS_DEVICE double widen(double value) { return value; }
+CONELENS_DEVICE float widen(float value) {
+  return value;
+}
+CONELENS_DEVICE double widen(double value) {
+  return value;
+}
 CONELENS_DEVICE float widen(Half value) {
 #if defined(__CUDA_ARCH__)
   return __half2float(__ushort_as_half(value.bits));
@@ -74,7 +80,8 @@ CONELENS_DEVICE C rectify(C value) {
   return value < C(0) ? C(0) : value;
 }
 
-// --- vectors: V elements in one access -----------------------------------------------------------------------------
+// --- vectors: V elements in one access
+// -----------------------------------------------------------------------------
 
 template <int bytes>
 struct BitsOf;
@@ -119,7 +126,8 @@ CONELENS_DEVICE void store_vector(T* to, const T (&from)[V]) {
   Bits bits[accesses];
   memcpy(bits, from, sizeof bits);
 #pragma unroll
-  for (int i = 0; i < accesses; ++i) __stwb(reinterpret_cast<Bits*>(to) + i, bits[i]);  // a plain store gets split
+  for (int i = 0; i < accesses; ++i)
+    __stwb(reinterpret_cast<Bits*>(to) + i, bits[i]);  // a plain store gets split
 }
 
 template <class T>
@@ -129,7 +137,8 @@ CONELENS_DEVICE T load_one(const T* from) {
   return to[0];
 }
 
-// --- indices -------------------------------------------------------------------------------------------------------
+// --- indices
+// -------------------------------------------------------------------------------------------------------
 
 // Splits off the fastest axis: returns index % size and leaves the quotient.
 template <class Index>
@@ -144,15 +153,19 @@ CONELENS_DEVICE Index thread_index() {
   return static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x;
 }
 
-CONELENS_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+CONELENS_HD constexpr int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
-// body(uint32_t{}) while 32 bits can count the threads, else body(uint64_t{}): narrow divisions are much cheaper
+// body(uint32_t{}) while 32 bits can count the threads, else body(uint64_t{}): narrow divisions are much
+// cheaper
 template <class Body>
 int dispatch_index(int64_t threads, const Body& body) {
   return threads < (int64_t{1} << 32) - 2 * kThreads ? body(uint32_t{}) : body(uint64_t{});
 }
 
-// All maps can be accessed V elements at a time along `axis`: neighbours, other strides and addresses multiples of V.
+// All maps can be accessed V elements at a time along `axis`: neighbours, other strides and addresses
+// multiples of V.
 struct Layout {
   const void* data;
   const int64_t* stride;  // n c y x, in elements
@@ -167,7 +180,8 @@ inline bool vectorises(const Layout& map, int axis, int v) {
   return reinterpret_cast<uintptr_t>(map.data) % bytes == 0;
 }
 
-// --- launch --------------------------------------------------------------------------------------------------------
+// --- launch
+// --------------------------------------------------------------------------------------------------------
 
 inline int launch_status() {
   const cudaError_t error = cudaGetLastError();

@@ -1,5 +1,5 @@
-// Elements in 32-bit words, so that one instruction serves two 16-bit floats: a word holds one float, or two Half or
-// BFloat16. Masks have all bits of a lane set or clear; selecting by them is plain bit logic.
+// Elements in 32-bit words, so that one instruction serves two 16-bit floats: a word holds one float, or two
+// Half or BFloat16. Masks have all bits of a lane set or clear; selecting by them is plain bit logic.
 #pragma once
 
 #include "cuda_device.cuh"
@@ -44,7 +44,9 @@ CONELENS_DEVICE uint32_t lane_of(uint32_t word, int lane) {
   return kLanes<T> == 1 ? word : (word >> (lane * 16)) & 0xffffu;
 }
 
-CONELENS_DEVICE uint32_t select(uint32_t mask, uint32_t yes, uint32_t no) { return (mask & yes) | (~mask & no); }
+CONELENS_DEVICE uint32_t select(uint32_t mask, uint32_t yes, uint32_t no) {
+  return (mask & yes) | (~mask & no);
+}
 
 template <class T>
 constexpr uint32_t kLowest = 0xff800000u;  // -infinity in every lane
@@ -61,7 +63,8 @@ struct LaneMath {
     const uint32_t as[1] = {a}, bs[1] = {b};
     uint32_t result = 0;
     for (int i = 0; i < kLanes<T>; ++i) {
-      const uint32_t lane = f(widen(from_words<T>(as, i)), widen(from_words<T>(bs, i)), lane_of<T>(a, i), lane_of<T>(b, i));
+      const uint32_t lane =
+          f(widen(from_words<T>(as, i)), widen(from_words<T>(bs, i)), lane_of<T>(a, i), lane_of<T>(b, i));
       result |= kLanes<T> == 1 ? lane : (lane & 0xffffu) << (i * 16);
     }
     return result;
@@ -69,8 +72,12 @@ struct LaneMath {
 };
 
 #if defined(__CUDA_ARCH__)
-CONELENS_DEVICE __half2 as_half2(uint32_t word) { return *reinterpret_cast<__half2*>(&word); }
-CONELENS_DEVICE __nv_bfloat162 as_bfloat162(uint32_t word) { return *reinterpret_cast<__nv_bfloat162*>(&word); }
+CONELENS_DEVICE __half2 as_half2(uint32_t word) {
+  return *reinterpret_cast<__half2*>(&word);
+}
+CONELENS_DEVICE __nv_bfloat162 as_bfloat162(uint32_t word) {
+  return *reinterpret_cast<__nv_bfloat162*>(&word);
+}
 #endif
 
 template <class T>
@@ -87,7 +94,8 @@ CONELENS_DEVICE uint32_t lane_max(uint32_t a, uint32_t b) {
     return __float_as_uint(x > y || x != x ? x : y);
   }
 #else
-  return LaneMath<T>::each(a, b, [](float x, float y, uint32_t i, uint32_t j) { return x > y || x != x ? i : j; });
+  return LaneMath<T>::each(a, b,
+                           [](float x, float y, uint32_t i, uint32_t j) { return x > y || x != x ? i : j; });
 #endif
 }
 

@@ -1,5 +1,5 @@
-// channel_peaks on CUDA: one read of x. Where there are too few maps to fill the card each is cut into slices, whose
-// partial results a second small kernel joins, always in the same order.
+// channel_peaks on CUDA: one read of x. Where there are too few maps to fill the card each is cut into
+// slices, whose partial results a second small kernel joins, always in the same order.
 #include "channel_peaks.h"
 #include "cuda_lanes.cuh"
 
@@ -41,8 +41,8 @@ CONELENS_DEVICE Peak<C> nothing() {
   return {-static_cast<C>(INFINITY), C(0), kNowhere};
 }
 
-// V cells at a time: each of the V slots keeps its maximum and the step at which it first came, two 16-bit floats to an
-// instruction. Steps count to 65535. A NaN spoils its slot, which is then read again.
+// V cells at a time: each of the V slots keeps its maximum and the step at which it first came, two 16-bit
+// floats to an instruction. Steps count to 65535. A NaN spoils its slot, which is then read again.
 constexpr int kMostSteps = 65536;
 
 template <class T, int V, bool with_sum>
@@ -95,8 +95,8 @@ template <class C>
 using Partials = Peak<C>*;
 
 template <class T>
-CONELENS_DEVICE void hand_over(const Params& p, Partials<Compute<T>> partials, int64_t plane, int slice, int slices,
-                               const Peak<Compute<T>>& peak) {
+CONELENS_DEVICE void hand_over(const Params& p, Partials<Compute<T>> partials, int64_t plane, int slice,
+                               int slices, const Peak<Compute<T>>& peak) {
   if (partials)
     partials[plane * slices + slice] = peak;
   else
@@ -104,8 +104,8 @@ CONELENS_DEVICE void hand_over(const Params& p, Partials<Compute<T>> partials, i
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) join_slices(const __grid_constant__ Params p,
-                                                        Partials<Compute<T>> partials, int slices) {
+__global__ void __launch_bounds__(kThreads)
+    join_slices(const __grid_constant__ Params p, Partials<Compute<T>> partials, int slices) {
   const int64_t plane = thread_index<int64_t>();
   if (plane >= p.batch * p.channels) return;
   Peak<Compute<T>> peak = partials[plane * slices];
@@ -113,19 +113,22 @@ __global__ void __launch_bounds__(kThreads) join_slices(const __grid_constant__ 
   write<T>(p, plane, peak);
 }
 
-// --- rows: a block reads one slice of one map ----------------------------------------------------------------------
+// --- rows: a block reads one slice of one map
+// ----------------------------------------------------------------------
 
 // `flat`: the map's rows follow each other, so that it is read as one line, 16 bytes at a time once aligned.
 template <class T, bool flat, bool with_sum>
-__global__ void __launch_bounds__(kThreads, 4) peaks_of_rows(const __grid_constant__ Params p,
-                                                             Partials<Compute<T>> partials, int slices) {
+__global__ void __launch_bounds__(kThreads, 4)
+    peaks_of_rows(const __grid_constant__ Params p, Partials<Compute<T>> partials, int slices) {
   using C = Compute<T>;
   constexpr int V = 16 / sizeof(T);
   const int64_t plane = blockIdx.x / slices;
   const int slice = static_cast<int>(blockIdx.x % slices), thread = static_cast<int>(threadIdx.x);
   const int64_t cells = p.height * p.width;
-  const int begin = static_cast<int>(cells * slice / slices), end = static_cast<int>(cells * (slice + 1) / slices);
-  const T* map = static_cast<const T*>(p.x) + plane / p.channels * p.x_stride[0] + plane % p.channels * p.x_stride[1];
+  const int begin = static_cast<int>(cells * slice / slices),
+            end = static_cast<int>(cells * (slice + 1) / slices);
+  const T* map =
+      static_cast<const T*>(p.x) + plane / p.channels * p.x_stride[0] + plane % p.channels * p.x_stride[1];
   Peak<C> peak = nothing<C>();
   if constexpr (flat) {
     const int skew = static_cast<int>(reinterpret_cast<uintptr_t>(map + begin) / sizeof(T) % V);
@@ -175,21 +178,24 @@ __global__ void __launch_bounds__(kThreads, 4) peaks_of_rows(const __grid_consta
   hand_over<T>(p, partials, plane, slice, slices, peak);
 }
 
-// --- channels_last: a block reads V * groups channels of one slice --------------------------------------------------
+// --- channels_last: a block reads V * groups channels of one slice
+// --------------------------------------------------
 
 // Threads stand as [kThreads / groups cells][groups of V channels].
 template <class T, int V, bool with_sum>
-__global__ void __launch_bounds__(kThreads, 4) peaks_of_channels(const __grid_constant__ Params p,
-                                                                 Partials<Compute<T>> partials, int slices,
-                                                                 int groups) {
+__global__ void __launch_bounds__(kThreads, 4)
+    peaks_of_channels(const __grid_constant__ Params p, Partials<Compute<T>> partials, int slices,
+                      int groups) {
   using C = Compute<T>;
   const int bands = static_cast<int>(ceil_div(p.channels, int64_t{V} * groups));
-  const int slice = static_cast<int>(blockIdx.x % slices), band = static_cast<int>(blockIdx.x / slices % bands);
+  const int slice = static_cast<int>(blockIdx.x % slices),
+            band = static_cast<int>(blockIdx.x / slices % bands);
   const int64_t sample = blockIdx.x / slices / bands;
   const int group = static_cast<int>(threadIdx.x) % groups, lane = static_cast<int>(threadIdx.x) / groups;
   const int lanes = kThreads / groups, width = static_cast<int>(p.width);
   const int64_t cells = p.height * p.width;
-  const int begin = static_cast<int>(cells * slice / slices), end = static_cast<int>(cells * (slice + 1) / slices);
+  const int begin = static_cast<int>(cells * slice / slices),
+            end = static_cast<int>(cells * (slice + 1) / slices);
   const int64_t channel = (int64_t{band} * groups + group) * V;
   const bool flat = p.x_stride[2] == p.width * p.x_stride[3];
   const T* x = static_cast<const T*>(p.x) + sample * p.x_stride[0] + channel;
@@ -217,7 +223,8 @@ __global__ void __launch_bounds__(kThreads, 4) peaks_of_channels(const __grid_co
     for (int i = 0; i < V; ++i) {
       Peak<C> again = nothing<C>();
 #pragma unroll 1
-      for (int cell = begin + lane; cell < end; cell += lanes) again.see(widen(load_one(x + i + place(cell))), cell);
+      for (int cell = begin + lane; cell < end; cell += lanes)
+        again.see(widen(load_one(x + i + place(cell))), cell);
       mine[i] = again;
     }
   }
@@ -231,14 +238,16 @@ __global__ void __launch_bounds__(kThreads, 4) peaks_of_channels(const __grid_co
   }
 }
 
-// --- choice --------------------------------------------------------------------------------------------------------
+// --- choice
+// --------------------------------------------------------------------------------------------------------
 
 constexpr int64_t kEnoughBlocks = 1024;  // they fill any card
 
-// Runs start(partials, slices), with a work area and a joining kernel when there are several slices: as many as fill the
-// card, while each has at least `least` cells; and so many that none has more than `most`.
+// Runs start(partials, slices), with a work area and a joining kernel when there are several slices: as many
+// as fill the card, while each has at least `least` cells; and so many that none has more than `most`.
 template <class T, class Start>
-int in_slices(const Params& p, int64_t blocks, int64_t least, int64_t most, void* stream, const Start& start) {
+int in_slices(const Params& p, int64_t blocks, int64_t least, int64_t most, void* stream,
+              const Start& start) {
   const int64_t cells = p.height * p.width;
   int64_t slices = ceil_div(kEnoughBlocks, blocks);
   slices = slices > cells / least ? cells / least : slices;
@@ -255,7 +264,8 @@ int in_slices(const Params& p, int64_t blocks, int64_t least, int64_t most, void
     status = launch(join_slices<T>, ceil_div(planes, kThreads), kThreads, stream, p, partials,
                     static_cast<int>(slices));
   const cudaError_t error = cudaFreeAsync(memory, on);
-  return status != CONELENS_OK || error == cudaSuccess ? status : CONELENS_CUDA_ERROR + static_cast<int>(error);
+  return status != CONELENS_OK || error == cudaSuccess ? status
+                                                       : CONELENS_CUDA_ERROR + static_cast<int>(error);
 }
 
 template <class T, int V>
@@ -276,7 +286,8 @@ int run_rows(const Params& p, void* stream) {
   constexpr int64_t per_step = kThreads * (16 / sizeof(T));
   const int64_t planes = p.batch * p.channels;
   return in_slices<T>(p, planes, per_step, per_step * kMostSteps, stream, [&](auto partials, int slices) {
-    const auto kernel = p.reduce == CONELENS_REDUCE_MAX ? peaks_of_rows<T, flat, false> : peaks_of_rows<T, flat, true>;
+    const auto kernel =
+        p.reduce == CONELENS_REDUCE_MAX ? peaks_of_rows<T, flat, false> : peaks_of_rows<T, flat, true>;
     return launch(kernel, planes * slices, kThreads, stream, p, partials, slices);
   });
 }
@@ -299,7 +310,8 @@ int run(const Params& p, void* stream) {
 }  // namespace
 }  // namespace conelens::cuda
 
-extern "C" CONELENS_API int conelens_channel_peaks_cuda(const conelens_channel_peaks_params* p, void* stream) {
+extern "C" CONELENS_API int conelens_channel_peaks_cuda(const conelens_channel_peaks_params* p,
+                                                        void* stream) {
   if (p->batch * p->channels == 0) return CONELENS_OK;
   return conelens::dispatch_dtype(
       p->dtype, [&](auto t) { return conelens::cuda::run<typename decltype(t)::type>(*p, stream); });

@@ -7,7 +7,7 @@ Inside a phase, output cell q reads map cell q + base - i * step for the i-th ta
 With `origin` everything is computed in window coordinates, where all padding is zero; the origin only masks.
 """
 
-# mypy: disallow-untyped-defs=False
+# mypy: disallow-untyped-defs=False, disable-error-code=has-type
 from __future__ import annotations
 
 import contextlib
@@ -19,13 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from conelens.kernels.deconv2d.triton_configs import Problem, few_config, gemm_config
+from conelens.kernels.deconv2d.triton_configs import FEW_CHANNELS, few_config, gemm_config, problem_of
 from conelens.kernels.max_unpool2d.reference import natural_size
 
 Pair = tuple[int, int]
 Pool = Sequence[int]  # kernel y, x, stride y, x, padding y, x, dilation y, x
-
-FEW_CHANNELS = 4  # up to this many output channels bytes decide, and one product serves all taps
 
 
 @triton.jit
@@ -265,35 +263,6 @@ def supports(y: Tensor, weight: Tensor, *rest: object) -> str | None:
     if y.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the Triton kernel takes float32, float16 and bfloat16, got {y.dtype}"
     return None
-
-
-def tf32_allowed() -> bool:
-    """Whether torch's settings let a float32 convolution use tf32, most specific setting first."""
-    backends = torch.backends
-    for level in (backends.cudnn.conv, backends.cudnn, backends):
-        precision = getattr(level, "fp32_precision", "none")
-        if precision != "none":
-            return bool(precision == "tf32")
-    return False
-
-
-def problem_of(
-    y: Tensor, weight: Tensor, out_cells: int, groups: int, pool: Pool | None, windows: bool
-) -> Problem:
-    """The key of the tables in `triton_configs` for these arguments."""
-    covering = 0
-    if pool is not None:
-        covering = math.prod(pool[6 + a] * (pool[a] - 1) // pool[2 + a] + 1 for a in (0, 1))
-    return Problem(
-        c_in=weight.shape[0] // groups,
-        c_out=weight.shape[1],
-        groups=groups,
-        rows=y.shape[0] * out_cells,
-        item_bytes=y.element_size(),
-        exact_float32=y.dtype == torch.float32 and not tf32_allowed(),
-        covering=covering,
-        windows=windows,
-    )
 
 
 def run(

@@ -1,5 +1,5 @@
-// max_pool2d_with_switches on CUDA: the common 2/2 and 3/2 windows walk down strips of rows, so that a row that two
-// windows share is read once; every other shape takes one thread per output cell.
+// max_pool2d_with_switches on CUDA: the common 2/2 and 3/2 windows walk down strips of rows, so that a row
+// that two windows share is read once; every other shape takes one thread per output cell.
 #include "cuda_lanes.cuh"
 #include "max_pool2d_with_switches.h"
 
@@ -8,7 +8,8 @@ namespace {
 
 using Params = conelens_max_pool2d_params;
 
-// --- one window, any shape and strides -----------------------------------------------------------------------------
+// --- one window, any shape and strides
+// -----------------------------------------------------------------------------
 
 template <class T>
 struct Peak {
@@ -20,7 +21,8 @@ struct Peak {
 template <int unroll, class T>
 CONELENS_DEVICE Peak<T> reduce_window(const Params& p, const T* map, int64_t out_y, int64_t out_x) {
   const int64_t start_y = out_y * p.stride[0] - p.padding[0], start_x = out_x * p.stride[1] - p.padding[1];
-  const int64_t first_y = pool::first_tap(start_y, p.dilation[0]), first_x = pool::first_tap(start_x, p.dilation[1]);
+  const int64_t first_y = pool::first_tap(start_y, p.dilation[0]),
+                first_x = pool::first_tap(start_x, p.dilation[1]);
   const int64_t end_y = pool::end_tap(start_y, p.dilation[0], p.kernel[0], p.height);
   const int64_t end_x = pool::end_tap(start_x, p.dilation[1], p.kernel[1], p.width);
   Peak<T> best{-static_cast<Compute<T>>(INFINITY), static_cast<int>(first_y * p.kernel[1] + first_x)};
@@ -37,7 +39,8 @@ CONELENS_DEVICE Peak<T> reduce_window(const Params& p, const T* map, int64_t out
 }
 
 template <class T, class Switch, class Index>
-__global__ void __launch_bounds__(kThreads) pool_cells(const __grid_constant__ Params p, bool channels_last, Index threads) {
+__global__ void __launch_bounds__(kThreads)
+    pool_cells(const __grid_constant__ Params p, bool channels_last, Index threads) {
   Index index = thread_index<Index>();
   if (index >= threads) return;
   int64_t channel = 0;
@@ -55,7 +58,8 @@ __global__ void __launch_bounds__(kThreads) pool_cells(const __grid_constant__ P
       static_cast<Switch>(best.tap);
 }
 
-// --- strips: K x K windows of stride 2, dilation 1 -----------------------------------------------------------------
+// --- strips: K x K windows of stride 2, dilation 1
+// -----------------------------------------------------------------
 
 constexpr int kStripRows = 4;  // output rows per thread
 
@@ -66,8 +70,8 @@ struct RowPeak {
 };
 
 // The row's cells under tap 0 ... K - 1 of V windows, -infinity outside the map.
-// NCHW: V output columns, from 2V aligned columns and, for K = 3, one more: left of them with padding 1, else right.
-// channels_last: V channels of one output column.
+// NCHW: V output columns, from 2V aligned columns and, for K = 3, one more: left of them with padding 1, else
+// right. channels_last: V channels of one output column.
 template <class T, int V, int K, bool channels_last>
 CONELENS_DEVICE void load_taps(uint32_t (&taps)[K][kWords<T, V>], const T* row, int64_t out_x, int64_t width,
                                int64_t x_stride, int padding) {
@@ -135,7 +139,7 @@ CONELENS_DEVICE RowPeak<N> row_peak(const uint32_t (&taps)[K][N]) {
 // Where NaN is about, equality finds no tap: the strip is done again cell by cell.
 template <class T, int V>
 CONELENS_DEVICE void redo_strip(const Params& p, const T* map, T* pooled, uint8_t* switches, int lane_axis,
-                                 int64_t out_x, int64_t out_y) {
+                                int64_t out_x, int64_t out_y) {
 #pragma unroll 1
   for (int64_t y = out_y; y < out_y + kStripRows && y < p.out_height; ++y)
 #pragma unroll 1
@@ -143,12 +147,14 @@ CONELENS_DEVICE void redo_strip(const Params& p, const T* map, T* pooled, uint8_
       const T* cells = lane_axis == 1 ? map + lane * p.x_stride[1] : map;
       const Peak<T> peak = reduce_window<1>(p, cells, y, lane_axis == 1 ? out_x : out_x + lane);
       pooled[y * p.pooled_stride[2] + lane * p.pooled_stride[lane_axis]] = narrow<T>(peak.value);
-      switches[y * p.switches_stride[2] + lane * p.switches_stride[lane_axis]] = static_cast<uint8_t>(peak.tap);
+      switches[y * p.switches_stride[2] + lane * p.switches_stride[lane_axis]] =
+          static_cast<uint8_t>(peak.tap);
     }
 }
 
 template <class T, int V, int K, bool channels_last, int padding_x>
-__global__ void __launch_bounds__(kThreads, 4) pool_strips(const __grid_constant__ Params p, uint32_t threads) {
+__global__ void __launch_bounds__(kThreads, 4)
+    pool_strips(const __grid_constant__ Params p, uint32_t threads) {
   constexpr int N = kWords<T, V>;
   uint32_t index = thread_index<uint32_t>();
   if (index >= threads) return;
@@ -172,7 +178,8 @@ __global__ void __launch_bounds__(kThreads, 4) pool_strips(const __grid_constant
   uint8_t* switches = static_cast<uint8_t*>(p.switches) + sample * p.switches_stride[0] +
                       channel * p.switches_stride[1] + out_x * p.switches_stride[3];
   uint32_t not_a_number = 0;
-  // A window without a value above `floor` takes its first tap inside the map: column 1 where it starts left of it.
+  // A window without a value above `floor` takes its first tap inside the map: column 1 where it starts left
+  // of it.
   const uint32_t floor = p.relu ? 0u : kLowest<T>;
   uint32_t first_column[N];
 #pragma unroll
@@ -202,7 +209,8 @@ __global__ void __launch_bounds__(kThreads, 4) pool_strips(const __grid_constant
       const int64_t y = start + tap;
       if (y < 0 || y >= p.height) continue;
       uint32_t taps[K][N];
-      load_taps<T, V, K, channels_last>(taps, map + y * p.x_stride[2], out_x, p.width, p.x_stride[3], padding_x);
+      load_taps<T, V, K, channels_last>(taps, map + y * p.x_stride[2], out_x, p.width, p.x_stride[3],
+                                        padding_x);
       rows[tap] = row_peak<T>(taps);
     }
     if constexpr (K == 3) shared_row = rows[2];
@@ -218,7 +226,8 @@ __global__ void __launch_bounds__(kThreads, 4) pool_strips(const __grid_constant
       uint32_t where = rows[K - 1].tap[i] + in_lanes<T>((K - 1) * K);
 #pragma unroll
       for (int tap = K - 2; tap >= 0; --tap)
-        where = select(lane_equal<T>(rows[tap].value[i], value), rows[tap].tap[i] + in_lanes<T>(tap * K), where);
+        where =
+            select(lane_equal<T>(rows[tap].value[i], value), rows[tap].tap[i] + in_lanes<T>(tap * K), where);
       where = select(lane_greater<T>(value, floor), where, first_row + first_column[i]);
       if (p.relu) value = lane_max<T>(value, 0u);
       const uint32_t word[1] = {value};
@@ -236,7 +245,8 @@ __global__ void __launch_bounds__(kThreads, 4) pool_strips(const __grid_constant
     redo_strip<T, V>(p, map, pooled, switches, channels_last ? 1 : 3, out_x, out_y - kStripRows);
 }
 
-// --- choice --------------------------------------------------------------------------------------------------------
+// --- choice
+// --------------------------------------------------------------------------------------------------------
 
 template <class T, int V, int K, bool channels_last>
 int launch_strips(const Params& p, void* stream) {
@@ -255,8 +265,8 @@ int launch_cells(const Params& p, void* stream) {
   const bool channels_last = p.x_stride[1] == 1 && p.x_stride[3] != 1;
   return dispatch_index(threads, [&](auto index) {
     using Index = decltype(index);
-    return launch(pool_cells<T, Switch, Index>, ceil_div(threads, kThreads), kThreads, stream, p, channels_last,
-                  static_cast<Index>(threads));
+    return launch(pool_cells<T, Switch, Index>, ceil_div(threads, kThreads), kThreads, stream, p,
+                  channels_last, static_cast<Index>(threads));
   });
 }
 
@@ -292,9 +302,12 @@ int run(const Params& p, void* stream) {
     for (int i = 0; i < 2; ++i)
       plain = plain && p.kernel[i] == p.kernel[0] && p.stride[i] == 2 && p.dilation[i] == 1;
     // strips count their threads in 32 bits
-    plain = plain && p.batch * p.channels * p.out_width * ceil_div(p.out_height, kStripRows) < (int64_t{1} << 31);
-    if (plain && p.kernel[0] == 3 && p.padding[0] <= 1 && p.padding[1] <= 1) return pick_strips<T, 3>(p, stream);
-    if (plain && p.kernel[0] == 2 && p.padding[0] == 0 && p.padding[1] == 0) return pick_strips<T, 2>(p, stream);
+    plain =
+        plain && p.batch * p.channels * p.out_width * ceil_div(p.out_height, kStripRows) < (int64_t{1} << 31);
+    if (plain && p.kernel[0] == 3 && p.padding[0] <= 1 && p.padding[1] <= 1)
+      return pick_strips<T, 3>(p, stream);
+    if (plain && p.kernel[0] == 2 && p.padding[0] == 0 && p.padding[1] == 0)
+      return pick_strips<T, 2>(p, stream);
   }
   return launch_cells<T, uint8_t>(p, stream);
 }
@@ -302,7 +315,8 @@ int run(const Params& p, void* stream) {
 }  // namespace
 }  // namespace conelens::cuda
 
-extern "C" CONELENS_API int conelens_max_pool2d_with_switches_cuda(const conelens_max_pool2d_params* p, void* stream) {
+extern "C" CONELENS_API int conelens_max_pool2d_with_switches_cuda(const conelens_max_pool2d_params* p,
+                                                                   void* stream) {
   if (p->batch * p->channels * p->out_height * p->out_width == 0) return CONELENS_OK;
   return conelens::dispatch_dtype(
       p->dtype, [&](auto t) { return conelens::cuda::run<typename decltype(t)::type>(*p, stream); });

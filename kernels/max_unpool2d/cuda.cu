@@ -1,6 +1,6 @@
-// max_unpool2d and its adjoint on CUDA, in gather form: every output cell collects from the windows that cover it, in
-// row-major order. 2/2 and 3/2 windows walk down strips of rows and keep the pooled row that two pairs of output rows
-// share; other shapes take one thread per output cell.
+// max_unpool2d and its adjoint on CUDA, in gather form: every output cell collects from the windows that
+// cover it, in row-major order. 2/2 and 3/2 windows walk down strips of rows and keep the pooled row that two
+// pairs of output rows share; other shapes take one thread per output cell.
 #include "cuda_device.cuh"
 #include "max_unpool2d.h"
 
@@ -13,11 +13,12 @@ CONELENS_DEVICE int64_t offset(const int64_t (&stride)[4], int64_t sample, int64
   return sample * stride[0] + channel * stride[1];
 }
 
-// --- any window, any strides ---------------------------------------------------------------------------------------
+// --- any window, any strides
+// ---------------------------------------------------------------------------------------
 
 template <class T, class Switch, class Index>
-__global__ void __launch_bounds__(kThreads, 4) unpool_cells(const __grid_constant__ Params p, bool channels_last,
-                                                         Index threads) {
+__global__ void __launch_bounds__(kThreads, 4)
+    unpool_cells(const __grid_constant__ Params p, bool channels_last, Index threads) {
   Index index = thread_index<Index>();
   if (index >= threads) return;
   int64_t channel = 0;
@@ -28,7 +29,8 @@ __global__ void __launch_bounds__(kThreads, 4) unpool_cells(const __grid_constan
   const int64_t sample = index;
   const unpool::Axis rows = unpool::axis(p, sample, 0), columns = unpool::axis(p, sample, 1);
   const T* pooled = static_cast<const T*>(p.pooled) + offset(p.pooled_stride, sample, channel);
-  const Switch* switches = static_cast<const Switch*>(p.switches) + offset(p.switches_stride, sample, channel);
+  const Switch* switches =
+      static_cast<const Switch*>(p.switches) + offset(p.switches_stride, sample, channel);
   Compute<T> sum = 0;
   if (y >= rows.begin && y < rows.end && x >= columns.begin && x < columns.end) {
     for (int64_t ky = rows.kernel - 1; ky >= 0; --ky) {  // taps down: pooled cells up
@@ -37,7 +39,8 @@ __global__ void __launch_bounds__(kThreads, 4) unpool_cells(const __grid_constan
       for (int64_t kx = columns.kernel - 1; kx >= 0; --kx) {
         const int64_t from_x = unpool::source(columns, x, kx);
         if (from_x < 0) continue;
-        if (switches[from_y * p.switches_stride[2] + from_x * p.switches_stride[3]] == ky * columns.kernel + kx)
+        if (switches[from_y * p.switches_stride[2] + from_x * p.switches_stride[3]] ==
+            ky * columns.kernel + kx)
           sum += widen(load_one(pooled + from_y * p.pooled_stride[2] + from_x * p.pooled_stride[3]));
       }
     }
@@ -47,8 +50,8 @@ __global__ void __launch_bounds__(kThreads, 4) unpool_cells(const __grid_constan
 }
 
 template <class T, class Switch, class Index>
-__global__ void __launch_bounds__(kThreads) gather_cells(const __grid_constant__ Params p, bool channels_last,
-                                                         Index threads) {
+__global__ void __launch_bounds__(kThreads)
+    gather_cells(const __grid_constant__ Params p, bool channels_last, Index threads) {
   Index index = thread_index<Index>();
   if (index >= threads) return;
   int64_t channel = 0;
@@ -58,27 +61,31 @@ __global__ void __launch_bounds__(kThreads) gather_cells(const __grid_constant__
   if (!channels_last) channel = take_axis(index, static_cast<Index>(p.channels));
   const int64_t sample = index;
   const unpool::Axis rows = unpool::axis(p, sample, 0), columns = unpool::axis(p, sample, 1);
-  const Switch* switches = static_cast<const Switch*>(p.switches) + offset(p.switches_stride, sample, channel);
+  const Switch* switches =
+      static_cast<const Switch*>(p.switches) + offset(p.switches_stride, sample, channel);
   const int64_t tap = switches[y * p.switches_stride[2] + x * p.switches_stride[3]];
   const int64_t to_y = y * rows.stride - rows.shift + rows.dilation * (tap / columns.kernel);
   const int64_t to_x = x * columns.stride - columns.shift + columns.dilation * (tap % columns.kernel);
-  const bool valid = tap >= 0 && tap < rows.kernel * columns.kernel && to_y >= rows.begin && to_y < rows.end &&
-                     to_x >= columns.begin && to_x < columns.end;
+  const bool valid = tap >= 0 && tap < rows.kernel * columns.kernel && to_y >= rows.begin &&
+                     to_y < rows.end && to_x >= columns.begin && to_x < columns.end;
   const T* grad = static_cast<const T*>(p.out) + offset(p.out_stride, sample, channel);
   T* pooled = const_cast<T*>(static_cast<const T*>(p.pooled)) + offset(p.pooled_stride, sample, channel);
   pooled[y * p.pooled_stride[2] + x * p.pooled_stride[3]] =
       valid ? grad[to_y * p.out_stride[2] + to_x * p.out_stride[3]] : narrow<T>(Compute<T>(0));
 }
 
-// --- strips: K x K windows of stride 2, dilation 1 -----------------------------------------------------------------
+// --- strips: K x K windows of stride 2, dilation 1
+// -----------------------------------------------------------------
 
 constexpr int kStripRows = 4;  // pairs of output rows per thread
 
-// Output cells come in pairs. Along y, and along x with channels_last, pair i is the cells 2i - shift (even) and
-// 2i - shift + 1 (odd) with shift = padding: the even one reads pooled cell i - 1 through tap 2 and i through tap 0, the
-// odd one i through tap 1. Along x in rows, pairs are the cells 2i and 2i + 1, so that vectors are aligned: with shift 1
-// the roles of even and odd swap, and the pooled cells are i and i + 1.
-CONELENS_HD constexpr int term_count(int K, int swapped, int parity) { return K == 3 && parity == swapped ? 2 : 1; }
+// Output cells come in pairs. Along y, and along x with channels_last, pair i is the cells 2i - shift (even)
+// and 2i - shift + 1 (odd) with shift = padding: the even one reads pooled cell i - 1 through tap 2 and i
+// through tap 0, the odd one i through tap 1. Along x in rows, pairs are the cells 2i and 2i + 1, so that
+// vectors are aligned: with shift 1 the roles of even and odd swap, and the pooled cells are i and i + 1.
+CONELENS_HD constexpr int term_count(int K, int swapped, int parity) {
+  return K == 3 && parity == swapped ? 2 : 1;
+}
 CONELENS_HD constexpr bool term_is_current(int K, int swapped, int parity, int term) {
   return K == 2 || (parity == swapped ? term == 1 : swapped == 0);
 }
@@ -87,7 +94,9 @@ CONELENS_HD constexpr int term_tap(int K, int swapped, int parity, int term) {
   return parity != swapped ? 1 : (term == 0 ? 2 : 0);
 }
 
-CONELENS_HD int64_t pair_count(int64_t cells, int64_t shift) { return (cells + shift + 1) / 2; }
+CONELENS_HD int64_t pair_count(int64_t cells, int64_t shift) {
+  return (cells + shift + 1) / 2;
+}
 
 // What one pooled row gives a thread. NCHW: V + 1 neighbouring cells; channels_last: two cells of V channels.
 template <class T, int V, bool channels_last>
@@ -107,8 +116,8 @@ struct Source {
 };
 
 template <class T, int V, int K, bool channels_last>
-CONELENS_DEVICE PooledRow<T, V, channels_last> load_row(const Params& p, const Source& from, int64_t y, int64_t first,
-                                                        int swapped) {
+CONELENS_DEVICE PooledRow<T, V, channels_last> load_row(const Params& p, const Source& from, int64_t y,
+                                                        int64_t first, int swapped) {
   using Row = PooledRow<T, V, channels_last>;
   Row row;
 #pragma unroll
@@ -164,7 +173,8 @@ CONELENS_DEVICE PooledRow<T, V, channels_last> load_row(const Params& p, const S
   return row;
 }
 
-// Output cell (parity_y, parity_x) of pair i. One covering window is copied as it is; more are added in float.
+// Output cell (parity_y, parity_x) of pair i. One covering window is copied as it is; more are added in
+// float.
 template <class T, int V, int K, bool channels_last, int swapped_x>
 CONELENS_DEVICE T collect(const PooledRow<T, V, channels_last> (&rows)[2], int i, int parity_y, int parity_x,
                           bool relu) {
@@ -267,17 +277,19 @@ __global__ void __launch_bounds__(kThreads, 2) unpool_strips(const __grid_consta
 
 // Rows of any width and alignment: one thread per output column, so that stores are side by side.
 template <class T, int K>
-__global__ void __launch_bounds__(kThreads) unpool_columns(const __grid_constant__ Params p, int shift_y, int shift_x,
-                                                           uint32_t threads) {
+__global__ void __launch_bounds__(kThreads)
+    unpool_columns(const __grid_constant__ Params p, int shift_y, int shift_x, uint32_t threads) {
   uint32_t index = thread_index<uint32_t>();
   if (index >= threads) return;
   const uint32_t pairs_y = static_cast<uint32_t>(pair_count(p.out_height, shift_y));
   const int64_t x = take_axis(index, static_cast<uint32_t>(p.out_width));
-  int64_t pair_y = static_cast<int64_t>(take_axis(index, (pairs_y + kStripRows - 1) / kStripRows)) * kStripRows;
+  int64_t pair_y =
+      static_cast<int64_t>(take_axis(index, (pairs_y + kStripRows - 1) / kStripRows)) * kStripRows;
   const int64_t channel = take_axis(index, static_cast<uint32_t>(p.channels));
   const int64_t sample = index;
   const T* pooled = static_cast<const T*>(p.pooled) + offset(p.pooled_stride, sample, channel);
-  const uint8_t* switches = static_cast<const uint8_t*>(p.switches) + offset(p.switches_stride, sample, channel);
+  const uint8_t* switches =
+      static_cast<const uint8_t*>(p.switches) + offset(p.switches_stride, sample, channel);
   T* out = static_cast<T*>(p.out) + offset(p.out_stride, sample, channel) + x * p.out_stride[3];
   const unpool::Axis rows_axis = unpool::axis(p, sample, 0), columns_axis = unpool::axis(p, sample, 1);
   const bool column_inside = x >= columns_axis.begin && x < columns_axis.end;
@@ -325,7 +337,8 @@ __global__ void __launch_bounds__(kThreads) unpool_columns(const __grid_constant
   }
 }
 
-// --- choice --------------------------------------------------------------------------------------------------------
+// --- choice
+// --------------------------------------------------------------------------------------------------------
 
 template <class T, int V, int K, bool channels_last>
 int launch_strips(const Params& p, bool vectors, void* stream) {
@@ -354,7 +367,9 @@ int launch_columns(const Params& p, void* stream) {
                 static_cast<uint32_t>(threads));
 }
 
-bool is_channels_last(const int64_t (&stride)[4]) { return stride[1] == 1 && stride[3] != 1; }
+bool is_channels_last(const int64_t (&stride)[4]) {
+  return stride[1] == 1 && stride[3] != 1;
+}
 
 template <class T>
 bool pooled_vectorises(const Params& p, int axis, int v) {
@@ -421,6 +436,7 @@ extern "C" CONELENS_API int conelens_max_unpool2d_cuda(const conelens_max_unpool
   return conelens::cuda::dispatch(*p, false, stream);
 }
 
-extern "C" CONELENS_API int conelens_max_unpool2d_backward_cuda(const conelens_max_unpool2d_params* p, void* stream) {
+extern "C" CONELENS_API int conelens_max_unpool2d_backward_cuda(const conelens_max_unpool2d_params* p,
+                                                                void* stream) {
   return conelens::cuda::dispatch(*p, true, stream);
 }

@@ -12,6 +12,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 WANTED = {
+    "channel_peaks": {
+        r"peaks_of_rows<(Half|BFloat16|float), true": {"LDG.128"},
+        r"peaks_of_channels<(Half|BFloat16), 8": {"LDG.128"},
+        r"peaks_of_channels<float, 4": {"LDG.128"},
+    },
+    "deconv2d": {r"few_outputs<(Half|BFloat16)>": {"LDG.128", "HMMA"}},
     "max_pool2d_with_switches": {
         r"pool_strips<(Half|BFloat16), 8, [23], (false|true)": {"LDG.128", "STG.128"},
         r"pool_strips<float, 4, [23], (false|true)": {"LDG.128", "STG.128"},

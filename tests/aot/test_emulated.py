@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from conelens.kernels.channel_peaks import reference as peaks_reference
+from conelens.kernels.deconv2d import reference as deconv_reference
 from conelens.kernels.max_pool2d_with_switches import reference as pool_reference
 from conelens.kernels.max_unpool2d import reference as unpool_reference
 
@@ -142,3 +144,55 @@ def test_unpool_and_its_adjoint(
             emulated.max_unpool2d_backward(grad, switches, out, *window, size, origin, 0)
             assert torch.equal(out, wanted), case
             assert torch.equal(guards(out, skew), before), case
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_peaks(emulated: ModuleType, dtype: torch.dtype, channels_last: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    cases = [("noise", reduce, skew) for reduce in ("max", "sum", "mean") for skew in (0, 3)]
+    cases += [(kind, "max", 0) for kind in ("ties", "nan", "infinite")]
+    for shape in ((2, 8, 5, 7), (1, 1, 70, 64), (1, 8, 30, 33)):  # the second is cut into slices
+        for kind, reduce, skew in cases:
+            case = f"{shape} {kind} {reduce} skew={skew}"
+            x = values(kind, shape, generator).to(dtype)
+            wanted, positions = peaks_reference.channel_peaks(x, reduce)
+            x, _ = guarded(x, channels_last, skew, float("nan"))
+            got, found = torch.full_like(wanted, -9), torch.full_like(positions, -9)
+            emulated.channel_peaks(x, got, found, ("max", "sum", "mean").index(reduce), 0)
+            assert torch.equal(found, positions), case
+            rtol, atol = (0.0, 0.0) if reduce == "max" else (2 * torch.finfo(dtype).eps, 1e-4)
+            torch.testing.assert_close(got, wanted, rtol=rtol, atol=atol, equal_nan=True, msg=case)
+
+
+FEW_OUTPUTS = [  # samples, channels in and out, kernel, padding, size of y, windowed, output cells to spare
+    (1, 64, 3, (3, 3), (1, 1), (35, 40), False, (0, 0)),  # several strips and bands
+    (2, 32, 1, (3, 3), (0, 2), (7, 33), False, (1, 0)),
+    (1, 32, 4, (2, 3), (1, 0), (31, 62), False, (0, 2)),
+    (2, 32, 4, (1, 3), (0, 1), (5, 6), True, (0, 0)),
+    (1, 128, 3, (3, 3), (1, 1), (4, 5), True, (0, 0)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_few_output_channels(emulated: ModuleType, dtype: torch.dtype) -> None:
+    """The tensor-core kernel, with the fragments of the PTX manual; y lies between NaN."""
+    generator = torch.Generator().manual_seed(0)
+    for samples, c_in, c_out, kernel, padding, size, windowed, spare in FEW_OUTPUTS:
+        y = torch.randn(samples, c_in, *size, generator=generator).to(dtype)
+        weight = torch.randn(c_in, c_out, *kernel, generator=generator).to(dtype)
+        origin = torch.tensor([[-2, 1], [1, -1]])[:samples] if windowed else None
+        on = (size[0] - 1, size[1] + 1) if windowed else size
+        to = tuple(on[a] - 2 * padding[a] + kernel[a] - 1 + spare[a] for a in (0, 1))
+        window = ((1, 1), padding, 1, (1, 1), to, on)
+        y, _ = guarded(y, True, 0, float("nan"))
+        for relu, channels_last in ((False, True), (True, False)):
+            case = f"{samples, c_in, c_out} {kernel} {padding} {size} windowed={windowed} relu={relu}"
+            wanted = deconv_reference.deconv2d(y.double(), weight.double(), *window, None, None, relu, origin)
+            out, before = guarded(
+                torch.full_like(wanted, float("nan"), dtype=dtype), channels_last, 0, -777.0
+            )
+            emulated.deconv2d(y, weight, out, *window, None, None, relu, origin, 0)
+            error = (out.double() - wanted).norm() / wanted.norm()
+            assert error < torch.finfo(dtype).eps, case
+            assert torch.equal(guards(out, 0), before), case

@@ -14,6 +14,7 @@ from torch.nn.grad import conv2d_weight
 from conelens._native import Native
 from conelens.errors import ArgumentError
 from conelens.kernels.deconv2d import reference
+from conelens.kernels.deconv2d.triton_configs import cuda_kernel_fits, prefer_triton, problem_of
 from conelens.ops import _arguments as arguments
 from conelens.ops._dispatch import Implementations
 from conelens.ops._register import Operator
@@ -295,6 +296,11 @@ def _compiled(
 ) -> Tensor:
     y = arguments.readable(y)
     origin = None if origin is None else origin.contiguous()
+    if y.device.type == "cuda":
+        return _cuda(
+            native, y, weight, (stride, padding, groups, dilation, output_size), map_size, pool, switches,
+            relu, origin, out,
+        )  # fmt: skip
     lists = _lists_pay(y, weight, groups, pool, relu)
     windows = _windows(pool)
     if windows is not None and not (lists and _windows_apart(pool)):
@@ -315,6 +321,57 @@ def _compiled(
     if not valid and windows is not None:
         unpool(y, switches, *windows, map_size, False, origin, True)  # raises, naming the switch
     return out
+
+
+def _cuda(
+    native: Native,
+    y: Tensor,
+    weight: Tensor,
+    window: tuple[Any, ...],
+    map_size: Any,
+    pool: Any,
+    switches: Tensor | None,
+    relu: bool,
+    origin: Tensor | None,
+    out: Tensor | None,
+) -> Tensor:
+    """Our unpool, then our kernel where few output channels fit it, else cuDNN."""
+    windows = _windows(pool)
+    if windows is not None:
+        first = None if origin is None else reference.filter_origin(origin, windows)
+        y = unpool(y, switches, *windows, map_size, relu, origin, False)
+        relu, origin = False, first
+    stride, padding, groups, dilation, output_size = window
+    if cuda_kernel_fits(y, weight, stride, groups, dilation):
+        if out is None:
+            out = arguments.empty(
+                _output_shape(y, weight, stride, groups, dilation, output_size, None, origin), y
+            )
+        native.module.deconv2d(  # type: ignore[union-attr]
+            y, weight, out, *window, map_size, None, None, relu, origin, native.context(y.device)
+        )
+        return out
+    signal = reference.top_down_signal(y, map_size, None, None, relu, origin)
+    if origin is None:
+        whole = _natural_size(signal.shape[2:], weight.shape[2:], stride, dilation)
+        extra = [output_size[axis] - whole[axis] + 2 * padding[axis] for axis in (0, 1)]
+        if all(0 <= extra[axis] < stride[axis] for axis in (0, 1)):  # the size is one that cuDNN can make
+            return _in_layout_of(
+                F.conv_transpose2d(signal, weight, None, stride, padding, extra, groups, dilation), y
+            )
+    filtered = reference.transposed_filter(
+        signal, weight, stride, padding, groups, dilation, output_size, origin
+    )
+    return _in_layout_of(filtered, y)
+
+
+def _order(y: Tensor, weight: Tensor, *rest: Any) -> tuple[str, ...]:
+    """On CUDA a checked-in table chooses between the Triton kernel and unpooling before cuDNN."""
+    stride, _, groups, dilation, output_size, _, pool, _, _, origin = rest
+    problem = problem_of(y, weight, output_size[0] * output_size[1], groups, pool, origin is not None)
+    if not cuda_kernel_fits(y, weight, stride, groups, dilation) and prefer_triton(problem):
+        return ("triton", "compiled", "reference")
+    return ("compiled", "triton", "reference")
 
 
 def _lists_pay(y: Tensor, weight: Tensor, groups: int, pool: Any, relu: bool) -> bool:
@@ -353,7 +410,7 @@ _OPERATOR = Operator(
     "Tensor y, Tensor weight, int[2] stride, int[2] padding, int groups, int[2] dilation, "
     "SymInt[2] output_size, SymInt[2] map_size, int[]? pool, Tensor? switches, bool relu, Tensor? origin",
     ("out",),
-    Implementations("deconv2d", compiled=_compiled, reference=_reference, order=("triton", "reference")),
+    Implementations("deconv2d", compiled=_compiled, reference=_reference, order=_order),
     _fake,
 )
 

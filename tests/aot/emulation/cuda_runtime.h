@@ -1,5 +1,6 @@
-// Stands in for the CUDA headers, so that kernels/*/cuda*.cu compile as plain C++ and run on the host: one fiber per
-// thread, blocks one after another. Checks what a GPU would trap on: every vector access must be aligned.
+// Stands in for the CUDA headers, so that kernels/*/cuda*.cu compile as plain C++ and run on the host: one
+// fiber per thread, blocks one after another. Checks what a GPU would trap on: every vector access must be
+// aligned.
 #pragma once
 
 #include <ucontext.h>
@@ -23,7 +24,9 @@
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorMemoryAllocation = 2 };
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetLastError() {
+  return cudaSuccess;
+}
 inline cudaError_t cudaMallocAsync(void** to, std::size_t bytes, cudaStream_t) {
   *to = std::malloc(bytes);
   return *to ? cudaSuccess : cudaErrorMemoryAllocation;
@@ -54,7 +57,8 @@ void expect_aligned(const T* address, const char* what) {
   std::abort();
 }
 
-// The threads of one block as fibers; a barrier yields until every living thread of the group has come as far.
+// The threads of one block as fibers; a barrier yields until every living thread of the group has come as
+// far.
 class Block {
  public:
   static Block& current() {
@@ -91,7 +95,8 @@ class Block {
     barrier(&Fiber::warp_phase, first, end < fibers_.size() ? end : static_cast<unsigned>(fibers_.size()));
   }
 
-  // what lane `lane` of this warp passes; slots alternate, so that a fast lane cannot overwrite what is still read
+  // what lane `lane` of this warp passes; slots alternate, so that a fast lane cannot overwrite what is still
+  // read
   template <class T>
   T exchange(T value, unsigned lane) {
     const unsigned turn = fibers_[at_].warp_phase % 2;
@@ -100,6 +105,14 @@ class Block {
     T other;
     std::memcpy(&other, fibers_[at_ / 32 * 32 + lane].slot[turn], sizeof other);
     return other;
+  }
+  // what all lanes of this warp pass
+  template <class T>
+  void gather(const T& mine, T (&all)[32]) {
+    const unsigned turn = fibers_[at_].warp_phase % 2, first = at_ / 32 * 32;
+    std::memcpy(fibers_[at_].slot[turn], &mine, sizeof mine);
+    warp_barrier();
+    for (unsigned i = 0; i < 32; ++i) std::memcpy(&all[i], fibers_[first + i].slot[turn], sizeof mine);
   }
   unsigned lane() const { return at_ % 32; }
 
@@ -110,7 +123,7 @@ class Block {
     std::unique_ptr<char[]> stack;
     bool done;
     unsigned block_phase, warp_phase;
-    char slot[2][16];
+    char slot[2][32];
   };
 
   static void enter() {
@@ -136,6 +149,28 @@ class Block {
   unsigned at_ = 0;
 };
 
+// mma.sync.m16n8k16 as the PTX manual lays its fragments out: lane = 4 * group + t
+template <class Widen>
+void multiply_16x8x16(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2],
+                      const Widen& widen) {
+  struct Fragments {
+    std::uint32_t a[4], b[2];
+  } mine, all[32];
+  std::memcpy(mine.a, a, sizeof a);
+  std::memcpy(mine.b, b, sizeof b);
+  Block::current().gather(mine, all);
+  const auto half = [&](std::uint32_t word, unsigned k) {
+    return widen(static_cast<std::uint16_t>(word >> (k % 2 * 16)));
+  };
+  const unsigned group = Block::current().lane() / 4, t = Block::current().lane() % 4;
+  for (unsigned i = 0; i < 4; ++i) {
+    const unsigned row = group + i / 2 * 8, column = 2 * t + i % 2;
+    for (unsigned k = 0; k < 16; ++k)
+      c[i] += half(all[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2], k) *
+              half(all[column * 4 + k % 8 / 2].b[k / 8], k);
+  }
+}
+
 }  // namespace emulation
 
 template <class T>
@@ -148,7 +183,9 @@ void __stwb(T* to, T value) {
   emulation::expect_aligned(to, "store");
   *to = value;
 }
-inline void __syncthreads() { emulation::Block::current().block_barrier(); }
+inline void __syncthreads() {
+  emulation::Block::current().block_barrier();
+}
 template <class T>
 T __shfl_xor_sync(unsigned, T value, unsigned mask) {
   emulation::Block& block = emulation::Block::current();

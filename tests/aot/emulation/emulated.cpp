@@ -1,10 +1,13 @@
 // The module conelens._cuda, running on the host: same bindings, same kernels, tensors of the CPU.
 #include "channel_peaks/bind.h"
 #include "conelens.h"
+#include "deconv2d/bind.h"
 #include "max_pool2d_with_switches/bind.h"
 #include "max_unpool2d/bind.h"
 
-extern "C" const char* conelens_error_string(int code) { return code == CONELENS_OK ? "no error" : "error"; }
+extern "C" const char* conelens_error_string(int code) {
+  return code == CONELENS_OK ? "no error" : "error";
+}
 
 namespace conelens {
 
@@ -22,6 +25,7 @@ struct Emulated {
 PYBIND11_MODULE(emulated, m) {
   using namespace conelens;
   register_channel_peaks<Emulated>(m, conelens_channel_peaks_cuda);
+  register_deconv2d<Emulated>(m, conelens_deconv2d_cuda);
   register_max_pool2d_with_switches<Emulated>(m, conelens_max_pool2d_with_switches_cuda);
   register_max_unpool2d<Emulated>(m, conelens_max_unpool2d_cuda, conelens_max_unpool2d_backward_cuda);
 }
