@@ -155,7 +155,7 @@ def _montages(bench: Workbench, tiles: TiledFolder, table: PeakTable) -> list[Se
         text = (
             f"{len(chosen)} of {about.shape[0]} channels; a unit sees {high} x {wide} pixels. Left the nine "
             "strongest image patches, at most one per photograph; right the projections of exactly those "
-            "units, each scaled to the 99.8th percentile of its magnitudes."
+            "units, each scaled to the 99.3rd percentile of its magnitudes."
         )
         sections.append(Section(f"Strongest units of {layer}", text, figures))
     return sections

@@ -21,7 +21,7 @@ _PAPER, _INK, _FAINT = (255, 255, 255), (24, 28, 36), (104, 110, 122)
 
 # ------------------------------------------------------------------------------------------ arrays to pixels
 def signed(
-    x: np.ndarray, scale: str = "tile", limit: float | None = None, percentile: float = 99.8
+    x: np.ndarray, scale: str = "tile", limit: float | None = None, percentile: float = 99.3
 ) -> np.ndarray:
     """Signed values -> uint8 with zero at mid-grey (128).
 
