@@ -29,6 +29,9 @@ LAYERS = ("conv1_2", "conv2_2", "conv3_3", "conv4_3", "conv5_3")
 PROMISED = {"conv2_2": 150.0, "conv3_3": 33.0, "conv4_3": 9.0, "conv5_3": 2.0}
 PLAIN = ("plain NCHW", "plain channels_last")
 IMAGES, UNITS_PER_IMAGE = 8, 4
+# Over many cones of photographs a near-tied switch falls differently with the order of additions: the memory formats
+# of plain PyTorch alone differ by 2.6e-5 on one of the conv5_3 units.
+MANY_TOLERANCE = 1e-4
 
 
 @functools.cache
@@ -189,7 +192,7 @@ def many_units(name: str) -> Case:
         },
         read=_read,
         floor=_floor,
-        tolerance=1e-5,
+        tolerance=MANY_TOLERANCE,
     )
 
 
