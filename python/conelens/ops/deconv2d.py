@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -341,7 +342,7 @@ def _cuda(
         first = None if origin is None else reference.filter_origin(origin, windows)
         y = unpool(y, switches, *windows, map_size, relu, origin, False)
         relu, origin = False, first
-    stride, padding, groups, dilation, output_size = window
+    stride, _, groups, dilation, output_size = window
     if cuda_kernel_fits(y, weight, stride, groups, dilation):
         if out is None:
             out = arguments.empty(
@@ -352,17 +353,28 @@ def _cuda(
         )
         return out
     signal = reference.top_down_signal(y, map_size, None, None, relu, origin)
+    with _deterministic_cudnn():
+        return _in_layout_of(_cudnn(signal, weight, window, origin), y)
+
+
+@contextlib.contextmanager
+def _deterministic_cudnn() -> Iterator[None]:
+    """Same input, same bits: some of cuDNN's transposed convolutions add in any order."""
+    before, torch.backends.cudnn.deterministic = torch.backends.cudnn.deterministic, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
+
+
+def _cudnn(signal: Tensor, weight: Tensor, window: tuple[Any, ...], origin: Tensor | None) -> Tensor:
+    stride, padding, groups, dilation, output_size = window
     if origin is None:
         whole = _natural_size(signal.shape[2:], weight.shape[2:], stride, dilation)
         extra = [output_size[axis] - whole[axis] + 2 * padding[axis] for axis in (0, 1)]
         if all(0 <= extra[axis] < stride[axis] for axis in (0, 1)):  # the size is one that cuDNN can make
-            return _in_layout_of(
-                F.conv_transpose2d(signal, weight, None, stride, padding, extra, groups, dilation), y
-            )
-    filtered = reference.transposed_filter(
-        signal, weight, stride, padding, groups, dilation, output_size, origin
-    )
-    return _in_layout_of(filtered, y)
+            return F.conv_transpose2d(signal, weight, None, stride, padding, extra, groups, dilation)
+    return reference.transposed_filter(signal, weight, stride, padding, groups, dilation, output_size, origin)
 
 
 def _order(y: Tensor, weight: Tensor, *rest: Any) -> tuple[str, ...]:
