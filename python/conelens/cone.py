@@ -137,7 +137,7 @@ def _template(graph: Graph, target: int) -> _Template | None:
 
 
 def unit_boxes(graph: Graph, target: int, positions: np.ndarray) -> np.ndarray:
-    """Receptive-field boxes [U, 4] int64 (top, left, bottom, right; exclusive; pixels; not clipped) of units ``positions`` [U, 2].
+    """Receptive-field boxes [U, 4] int64 of units ``positions`` [U, 2]: top, left, bottom, right; exclusive; unclipped pixels.
 
     Exact for every graph: the hull over all paths from the unit to the input. [0, 0, 0, 0] where no path leads to the input.
     """

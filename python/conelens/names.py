@@ -1,4 +1,4 @@
-"""Conventional names for the layers of plain chains, as in the literature: ``conv3_3``, ``block3_conv3``, ``conv4``, ``pool2``."""
+"""Conventional names for the layers of plain chains, as in the literature: ``conv3_3``, ``block3_conv3``, ``conv4``."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ class Network:
                 "resize the images or trace the model again at their size"
             )
         if images.dtype != self.dtype:
-            raise ArgumentError(f"images: got {images.dtype}, wanted {self.dtype} as the traced model; use images.to({self.dtype})")
+            raise ArgumentError(f"images: got {images.dtype}, wanted {self.dtype} as the model; use images.to({self.dtype})")
         if images.device != self.device:
             raise ArgumentError(f"images: got {images.device}, but the model is on {self.device}; move one of them")
         return images
@@ -149,7 +149,7 @@ def trace(model: nn.Module, example: Tensor | Sequence[int], policy: Mapping[str
         example: images [N, C, H, W] of the size to analyse, or their shape (C, H, W).
         policy: rules for operators that have no canonical one, e.g. ``{"relu6": "clamp", "silu": "gradient", "gate": "hold",
             "lrn": "jacobian"}``. "clamp" rectifies the top-down signal, "gradient" multiplies it by the slope, "hold" keeps a
-            computed gate, or the statistics of an "instance_norm" or "group_norm", constant. A single word applies to all non-linearities
+            computed gate, or the statistics of an "instance_norm" or "group_norm", constant. One word applies to all non-linearities
             (gates and norms then hold).
 
     Raises:
@@ -164,7 +164,7 @@ def trace(model: nn.Module, example: Tensor | Sequence[int], policy: Mapping[str
         raise ArgumentError(f"model: {active[0] or 'it'} is in training mode; call model.eval() first")
     rules = _policy(policy)
     probe = _example(model, example)
-    graph, output = record(model, probe, lowering.RULES, rules)
+    graph, _output = record(model, probe, lowering.RULES, rules)
     add_conventional_aliases(graph)
     network = Network(graph, probe.dtype, probe.device)
     _require_rules(graph)
@@ -322,10 +322,7 @@ def _describe(graph: Graph) -> list[Layer]:
                 field[:, 2] = np.maximum(field[:, 2], seen[:, 2])
         fields.append(field)
         stride, first, last = (tuple(int(v) for v in field[:, k]) for k in range(3))
-        layers.append(
-            Layer(
-                node.name, tuple(node.aliases), node.op.kind, node.shape,
-                (last[0] - first[0] + 1, last[1] - first[1] + 1), (stride[0], stride[1]), (first[0], first[1]), node.index,
-            )  # fmt: skip
-        )
+        size = (last[0] - first[0] + 1, last[1] - first[1] + 1)
+        about = (node.name, tuple(node.aliases), node.op.kind, node.shape)
+        layers.append(Layer(*about, size, (stride[0], stride[1]), (first[0], first[1]), node.index))
     return layers

@@ -32,7 +32,7 @@ class Place:
 
     __slots__ = ("_low", "_moved", "size")
 
-    def __init__(self, low: np.ndarray | None, size: Pair, moved: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None) -> None:
+    def __init__(self, low: np.ndarray | None, size: Pair, moved: tuple[np.ndarray, ...] | None = None) -> None:
         self._low = low
         self._moved = moved
         self.size = size
@@ -87,7 +87,7 @@ class Operator:
     remembers: bool = False  # the top-down pass needs an input of the forward pass
 
     def reach(self, edge: int, axis: int, low: Bound, high: Bound, in_size: int) -> tuple[Bound, Bound]:
-        """Half-open interval of input ``edge`` that output cells ``[low, high)`` read along ``axis``, not clipped to the map."""
+        """Half-open interval of input ``edge`` that outputs ``[low, high)`` read along ``axis``, not clipped to the map."""
         return low, high
 
     def scale(self, axis: int) -> int:

@@ -185,7 +185,7 @@ def top_peaks(
 
     Args:
         net: from :func:`conelens.trace`.
-        dataset: tensor [N, C, H, W], or anything with ``len`` and items [C, H, W] in the network's input space. An item that raises
+        dataset: tensor [N, C, H, W], or anything with ``len`` and items [C, H, W] in the network's space. An item that raises
             DataError or holds NaN is named in a warning and skipped; its index stays unused.
         layers: names or aliases.
         k: peaks kept per channel.

@@ -53,7 +53,7 @@ class Projection:
         return len(self.values)
 
     def patches(self, images: Tensor, fill: float = 0.0) -> Tensor:
-        """Image patches [U, C', h, w] under the boxes, ``fill`` outside the image; ``images`` [N, C', H, W] of the same size."""
+        """Image patches [U, C', h, w] under the boxes, ``fill`` outside the image; ``images`` [N, C', H, W]."""
         if images.ndim != 4 or tuple(images.shape[2:]) != self.image_size:
             raise ArgumentError(
                 f"images: got shape {tuple(images.shape)}, wanted [N, C, {self.image_size[0]}, {self.image_size[1]}]"

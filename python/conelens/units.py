@@ -47,7 +47,7 @@ def read_units(node: Node, images: Tensor, channel: Any, position: Any, image: A
     if set(lengths.values()) - {units} or (image is None and units != len(images) and len(images) != 1):
         told = ", ".join(f"{name} of {length}" for name, length in lengths.items())
         raise ArgumentError(
-            f"units: got {told} for {len(images)} images; all lengths must agree, and image=[...] says which image each unit is in"
+            f"units: got {told} for {len(images)} images; all lengths must agree, and image=[...] says whose each unit is"
         )
     rows = given["image"]
     if rows is None:

@@ -64,7 +64,7 @@ def test_peak_is_the_first_maximum_and_the_seed_is_its_activity(
     assert relative(p.pixels, wanted) < 1e-12
 
 
-@pytest.mark.parametrize("dtype,limit", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 def test_cone_equals_whole_image_for_interior_border_and_corner_units(
     dtype: torch.dtype, limit: float, images: Tensor
 ) -> None:
@@ -173,7 +173,7 @@ def test_projection_is_positively_homogeneous_in_scale(images: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    "change,message",
+    ("change", "message"),
     [
         ({"channel": 10}, "channel: got 10, wanted 0..9"),
         ({"channel": -1}, "channel: got -1"),
@@ -201,7 +201,7 @@ def test_bad_arguments_are_named(net: conelens.Network, images: Tensor, change: 
 
 
 def test_unknown_layer_suggests_the_nearest(net: conelens.Network, images: Tensor) -> None:
-    with pytest.raises(conelens.LayerError, match="did you mean.*conv3_1"):
+    with pytest.raises(conelens.LayerError, match=r"did you mean.*conv3_1"):
         conelens.project(net, images, "conv3_3", 0)
 
 
@@ -221,7 +221,7 @@ def planted(gap: float) -> tuple[nn.Sequential, Tensor]:
     return model, image
 
 
-@pytest.mark.parametrize("ulps,near", [(0, 1), (7, 1), (9, 0), (1e6, 0)])
+@pytest.mark.parametrize(("ulps", "near"), [(0, 1), (7, 1), (9, 0), (1e6, 0)])
 def test_near_ties_are_those_within_eight_ulp(ulps: float, near: int) -> None:
     model, image = planted(ulps * torch.finfo(torch.float64).eps)
     net = conelens.trace(model, image)

@@ -78,7 +78,7 @@ def test_box_is_the_receptive_field_found_by_probing(seed: int) -> None:
     """The box clipped to the image encloses every pixel that can change the unit, and is tight for a positive linear net."""
     model = RandomNet(2000 + seed, all_positive=True).double()
     net = conelens.trace(model, tuple(model.input_shape))
-    channels, height, width = model.shapes[-1]
+    _channels, height, width = model.shapes[-1]
     leaf = torch.rand(1, *model.input_shape, dtype=torch.float64).requires_grad_()
     for y, x in ((0, 0), (height // 2, width // 2), (height - 1, width - 1)):
         unit = model(leaf)[0, :, y, x].sum()

@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+_RARE = ["add", "add", "cat", "bn", "avg", "shuffle", "chunk", "pad", "up", "slice", "lrn"]
+
+
 class Step(nn.Module):
     """One node; ``spelling`` varies how the same thing is written."""
 
@@ -23,8 +26,8 @@ class Step(nn.Module):
             case "relu":
                 # in place only on a private copy: another branch may still read x
                 spellings = (
-                    lambda: F.relu(x), lambda: torch.relu(x), lambda: x.relu(), lambda: x.clamp(min=0), lambda: F.relu(x.clone(), inplace=True),
-                    lambda: (x * 1.0).relu_(),
+                    lambda: F.relu(x), lambda: torch.relu(x), lambda: x.relu(), lambda: x.clamp(min=0),
+                    lambda: F.relu(x.clone(), inplace=True), lambda: (x * 1.0).relu_(),
                 )  # fmt: skip
                 return spellings[self.spelling % len(spellings)]()
             case "add":
@@ -81,8 +84,8 @@ class RandomNet(nn.Module):
     def _draw(self, rng: random.Random, values: list[Tensor]) -> tuple[Step, list[int]]:
         at = len(values) - 1 if rng.random() < 0.7 else rng.randrange(len(values))
         x = values[at]
-        channels, height, width = x.shape[1:]
-        kind = rng.choice(["conv"] * 5 + ["relu"] * 4 + ["pool"] * 3 + ["add", "add", "cat", "bn", "avg", "shuffle", "chunk", "pad", "up", "slice", "lrn"])
+        channels, _height, _width = x.shape[1:]
+        kind = rng.choice(["conv"] * 5 + ["relu"] * 4 + ["pool"] * 3 + _RARE)
         spelling = rng.randrange(6)
         if kind == "conv":
             groups = rng.choice([g for g in (1, 1, 1, 2, channels) if channels % g == 0])
@@ -97,7 +100,11 @@ class RandomNet(nn.Module):
         if kind == "pool":
             size = rng.randint(2, 4)
             body = nn.MaxPool2d(
-                (size, rng.choice((size, 2))), rng.randint(1, 3), rng.choice((0, 0, 1)), rng.choice((1, 1, 1, 2)), ceil_mode=rng.random() < 0.5
+                (size, rng.choice((size, 2))),
+                rng.randint(1, 3),
+                rng.choice((0, 0, 1)),
+                rng.choice((1, 1, 1, 2)),
+                ceil_mode=rng.random() < 0.5,
             )
             return Step("body", body=body), [at]
         if kind == "avg":

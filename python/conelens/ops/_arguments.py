@@ -22,9 +22,8 @@ _HUGE = 4 << 20  # bytes from which a fresh CPU output asks for huge pages
 
 def pair(value: int | Sequence[int], name: str, minimum: int) -> Pair:
     """An int or two of them -> (y, x); each at least `minimum`."""
-    if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
-        if value[0] >= minimum and value[1] >= minimum:
-            return value  # the engine's own calls, thousands a second
+    if type(value) is tuple and len(value) == 2 and all(type(v) is int and v >= minimum for v in value):
+        return value  # the engine's own calls, thousands a second
     integer = (int, torch.SymInt, np.integer)
     values = (
         (value, value) if isinstance(value, integer) else tuple(value) if isinstance(value, Sequence) else ()
