@@ -230,8 +230,8 @@ def _verify(network: Network, model: nn.Module, probe: Tensor) -> None:
         return hook
 
     with torch.no_grad():
-        expected = next(iter(_leaves(model(other.clone()))))
-        if _close(network(other), expected):
+        expected, found = _first(model, other), network(other)
+        if _close(found, expected) or _chaotic(model, other, found, expected):
             return
         for path, module in model.named_modules():
             handles.append(module.register_forward_hook(watch(path)))
@@ -249,6 +249,19 @@ def _verify(network: Network, model: nn.Module, probe: Tensor) -> None:
     )
 
 
+def _first(model: nn.Module, images: Tensor) -> Tensor:
+    return next(iter(_leaves(model(images.clone()))))
+
+
+def _chaotic(model: nn.Module, images: Tensor, found: Tensor, expected: Tensor) -> bool:
+    """Does the difference vanish beside what one unit in the last place of the images does? Random deep networks can be so."""
+    if found.numel() != expected.numel() or not torch.equal(_first(model, images), expected):
+        return False
+    moved = _first(model, images * (1 + torch.finfo(images.dtype).eps))
+    difference = (found.reshape(expected.shape).double() - expected.double()).norm()
+    return bool(difference <= 100 * (moved.double() - expected.double()).norm())
+
+
 def _leaves(tree: Any) -> Iterator[Tensor]:
     if isinstance(tree, Tensor):
         yield tree
@@ -261,8 +274,9 @@ def _leaves(tree: Any) -> Iterator[Tensor]:
 
 
 def _close(got: Tensor, wanted: Tensor) -> bool:
-    if got.shape != wanted.shape:
-        got = got.reshape(wanted.shape) if got.numel() == wanted.numel() else got
+    if got.numel() != wanted.numel():
+        return False
+    got = got.reshape(wanted.shape)
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(got.dtype, 5e-2)
     difference = (got.double() - wanted.double()).norm()
     return bool(difference <= tolerance * wanted.double().norm()) or not bool(torch.isfinite(wanted).all())

@@ -637,6 +637,24 @@ def test_random_numbers_are_found_by_verification() -> None:
         trace(Noisy(), IMAGES)
 
 
+def test_a_network_that_amplifies_rounding_is_not_mistaken_for_another() -> None:
+    """Its output moves more by one unit in the last place of the image than by the order of the additions."""
+
+    class Chaos(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.pool, self.last = nn.AvgPool2d(3, 1), nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.sigmoid(self.pool(x))
+            for _ in range(60):  # the logistic map: every step doubles an error
+                x = x * (1 - x) * 3.99
+            return self.last(x)
+
+    trace(Chaos().double().eval(), IMAGES, policy="clamp")
+
+
 def test_torchscript_is_refused() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), torch.jit.script(nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 1))))
     with pytest.raises(UnsupportedOperatorError, match="1 is a TorchScript module"):
