@@ -67,7 +67,8 @@ def near_ties(x: Tensor, op: MaxPool2d, switches: Tensor) -> tuple[Tensor, Tenso
 
     Near: the two best values of a window lie within 8 units in the last place of the largest value that the unit's cone
     holds in this layer. That is the scale at which the sums behind all of them were rounded; a value that is small
-    because its sum cancelled is no more exact. An exact tie at zero is none: both are rectified, and every route takes the first tap.
+    because its sum cancelled is no more exact. An exact tie at zero is none: both are rectified, and every route takes the
+    first tap.
     """
     taps = []
     height, width = switches.shape[2:]

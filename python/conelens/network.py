@@ -133,7 +133,7 @@ class Network:
 
     def _run(self, images: Tensor, targets: Sequence[int]) -> list[Tensor]:
         self.check_images(images)
-        with torch.inference_mode():
+        with torch.no_grad():
             values = forward_whole(self.graph, images, tuple(sorted(set(targets))))
         return [values[t].flatten(1) if self.graph[t].vector else values[t] for t in targets]
 
@@ -149,8 +149,8 @@ def trace(model: nn.Module, example: Tensor | Sequence[int], policy: Mapping[str
         example: images [N, C, H, W] of the size to analyse, or their shape (C, H, W).
         policy: rules for operators that have no canonical one, e.g. ``{"relu6": "clamp", "silu": "gradient", "gate": "hold",
             "lrn": "jacobian"}``. "clamp" rectifies the top-down signal, "gradient" multiplies it by the slope, "hold" keeps a
-            computed gate, or the statistics of an "instance_norm" or "group_norm", constant. One word applies to all non-linearities
-            (gates and norms then hold).
+            computed gate, or the statistics of an "instance_norm" or "group_norm", constant. One word applies to all
+            non-linearities (gates and norms then hold).
 
     Raises:
         UnsupportedOperatorError: an operator without a rule, by name and place.

@@ -110,7 +110,7 @@ def project(
     if route not in ROUTES:
         raise ArgumentError(f"route: got {route!r}, wanted one of {', '.join(ROUTES)}")
     job = _Job(net.graph, node, images, read_units(node, images, channel, position, image), certify)
-    with torch.inference_mode():
+    with torch.no_grad():
         result = job.run(route)
     _warn_dead(result, layer, job.units.channels)
     return result

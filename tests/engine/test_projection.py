@@ -254,3 +254,11 @@ def test_differing_switches_between_routes_are_near_ties() -> None:
     certain = cone.near_ties == 0
     assert bool(certain.any()) and bool((~certain).any())
     assert float(difference[certain].max()) < 1e-5
+
+
+def test_results_are_ordinary_tensors(net: conelens.Network, images: Tensor) -> None:
+    p = conelens.project(net, images, "6", 4)
+    assert not p.crops.is_inference()
+    leaf = p.crops.requires_grad_()
+    leaf.square().sum().backward()
+    assert leaf.grad is not None

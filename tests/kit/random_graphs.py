@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 _RARE = ["add", "add", "cat", "bn", "avg", "shuffle", "chunk", "pad", "up", "slice", "lrn"]
 
 
