@@ -212,7 +212,7 @@ def top_peaks(
     rest = _Remaining(net, dataset, table.seen)
     try:
         for batch in iter_batches(rest, batch_size, on_problem=_warn_skipped):
-            with torch.no_grad():
+            with torch.inference_mode():
                 maps = forward_whole(net.graph, batch.images, targets)
                 indices = np.array(batch.indices) + rest.start
                 found = {

@@ -110,8 +110,9 @@ def project(
     if route not in ROUTES:
         raise ArgumentError(f"route: got {route!r}, wanted one of {', '.join(ROUTES)}")
     job = _Job(net.graph, node, images, read_units(node, images, channel, position, image), certify)
-    with torch.no_grad():
-        result = job.run(route)
+    with torch.inference_mode():  # a third less time per small operation than no_grad
+        job.run(route)
+    result = job.result()
     _warn_dead(result, layer, job.units.channels)
     return result
 
@@ -137,7 +138,7 @@ class _Job:
         self.near_ties = torch.zeros(count, dtype=torch.int64, device=self.device) if certify else None
         self.tie_effect = images.new_zeros(count) if certify else None
 
-    def run(self, route: str) -> Projection:
+    def run(self, route: str) -> None:
         if len(self.units):
             known = self.units.places is not None
             if route == "auto":
@@ -148,7 +149,6 @@ class _Job:
                 if not known:
                     self._find_peaks()
                 self._cones()
-        return self._result()
 
     # --- the two routes ----------------------------------------------------------------------------------------------
 
@@ -233,8 +233,8 @@ class _Job:
             index = self._tensor(chunk)
             self.near_ties[index], self.tie_effect[index] = probe.report(steps, values, channels, windows)
 
-    def _result(self) -> Projection:
-        """Windows of all chunks, moved into the units' unclipped boxes."""
+    def result(self) -> Projection:
+        """Windows of all chunks, moved into the units' unclipped boxes; ordinary tensors, as autograd takes them."""
         count = len(self.units)
         places = self.places if count else np.zeros((1, 2), np.int64)
         boxes = unit_boxes(self.graph, self.node.index, places)
@@ -243,13 +243,13 @@ class _Job:
         for chunk, windows, low in self.windows:
             moved = take(windows, Place(boxes[chunk, :2] - low, (height, width)).origin, (height, width))
             if len(chunk) == count:
-                crops = moved
+                crops = moved.clone()
             else:
                 if not len(crops):
-                    crops = moved.new_empty((count, *moved.shape[1:]))
+                    crops = self.images.new_empty((count, *moved.shape[1:]))
                 crops[self._tensor(chunk)] = moved
         return Projection(
-            crops, self._tensor(boxes[:count]), self.values, self._tensor(self.places), self._tensor(self.units.rows),
+            crops, self._tensor(boxes[:count]), self.values.clone(), self._tensor(self.places), self._tensor(self.units.rows),
             (self.images.shape[2], self.images.shape[3]), self.near_ties, self.tie_effect,
         )  # fmt: skip
 
