@@ -141,7 +141,13 @@ class Network:
         return f"Network({len(self.graph)} layers, input {list(self.input_shape)}, {self.dtype}, {self.device})"
 
 
-def trace(model: nn.Module, example: Tensor | Sequence[int], policy: Mapping[str, str] | str | None = None) -> Network:
+def trace(
+    model: nn.Module,
+    example: Tensor | Sequence[int],
+    policy: Mapping[str, str] | str | None = None,
+    *,
+    names: Mapping[str, str] | None = None,
+) -> Network:
     """Turn any module of the supported operators into a :class:`Network`.
 
     Args:
@@ -151,6 +157,7 @@ def trace(model: nn.Module, example: Tensor | Sequence[int], policy: Mapping[str
             "lrn": "jacobian"}``. "clamp" rectifies the top-down signal, "gradient" multiplies it by the slope, "hold" keeps a
             computed gate, or the statistics of an "instance_norm" or "group_norm", constant. One word applies to all
             non-linearities (gates and norms then hold).
+        names: further names for layers, {alias: layer}, e.g. ``{"fire6": "features.9"}``.
 
     Raises:
         UnsupportedOperatorError: an operator without a rule, by name and place.
@@ -169,7 +176,9 @@ def trace(model: nn.Module, example: Tensor | Sequence[int], policy: Mapping[str
     network = Network(graph, probe.dtype, probe.device)
     _require_rules(graph)
     _verify(network, model, probe)
-    return network
+    for alias, layer in (names or {}).items():
+        network.node(layer).aliases.append(alias)
+    return Network(graph, probe.dtype, probe.device) if names else network
 
 
 _TRAINING_MATTERS = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)

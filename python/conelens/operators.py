@@ -502,7 +502,7 @@ class GroupNorm(Operator):
 
 
 def _vector_jacobian(function: Callable[[Tensor], Tensor], x: Tensor, signal: Tensor) -> Tensor:
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         leaf = x.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(function(leaf), leaf, signal.clone())
     return gradient

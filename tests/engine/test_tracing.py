@@ -709,3 +709,11 @@ def test_the_model_and_the_example_stay_as_they_were() -> None:
     assert torch.equal(example, IMAGES)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_further_names_are_aliases() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()).eval()
+    net = conelens.trace(model, (1, 5, 5), names={"edges": "0"})
+    assert net["edges"].index == net["0"].index
+    with pytest.raises(conelens.LayerError, match="got '7'"):
+        conelens.trace(model, (1, 5, 5), names={"edges": "7"})

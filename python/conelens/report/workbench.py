@@ -37,12 +37,8 @@ def open_workbench(model: LoadedModel, device: str = "cpu") -> Workbench:
         raise ArgumentError(
             f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices"
         )
-    net = trace(model.module.to(target), (3, *model.preprocess.size))
-    for alias, module in model.layer_names.items():
-        node = net.node(module)
-        if alias not in node.aliases:
-            node.aliases.append(alias)
-    return Workbench(model, Network(net.graph, net.dtype, net.device))
+    net = trace(model.module.to(target), (3, *model.preprocess.size), names=model.layer_names)
+    return Workbench(model, net)
 
 
 def diagram_nodes(net: Network) -> list[DiagramNode]:
