@@ -126,9 +126,7 @@ def build(name: str) -> tuple[nn.Module, int]:
             except (TypeError, AssertionError):
                 model = _models[name]()
             model = adapt(model).double().eval()
-            images = torch.randn(
-                2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
-            )
+            images = torch.randn(2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
             enliven(model, images)
             return model, size
         except (RuntimeError, AssertionError, ValueError, IndexError) as error:
@@ -179,15 +177,9 @@ def enliven(model: nn.Module, images: Tensor) -> None:
 def _centre(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     (x,) = inputs
     dims = (0, *range(2, x.ndim))
-    norm.running_mean = x.mean(dims) + 0.1 * torch.randn(x.shape[1], dtype=x.dtype) * x.std(
-        dims, correction=0
-    )
-    spread = x.var(
-        dims, correction=0
-    )  # a channel that hardly varies is not blown up: it would only amplify rounding
-    norm.running_var = (
-        spread * torch.empty(x.shape[1], dtype=x.dtype).uniform_(0.7, 1.4) + 0.1 * spread.mean() + 1e-3
-    )
+    norm.running_mean = x.mean(dims) + 0.1 * torch.randn(x.shape[1], dtype=x.dtype) * x.std(dims, correction=0)
+    spread = x.var(dims, correction=0)  # a channel that hardly varies is not blown up: it would only amplify rounding
+    norm.running_var = spread * torch.empty(x.shape[1], dtype=x.dtype).uniform_(0.7, 1.4) + 0.1 * spread.mean() + 1e-3
     if norm.affine:
         norm.weight.uniform_(0.6, 1.4).mul_(torch.where(torch.rand(x.shape[1]) < 0.8, 1.0, -1.0))
         norm.bias.normal_(0, 0.3)
@@ -259,9 +251,7 @@ def examine(name: str, family: str) -> Row:
 
 def _examine(row: Row) -> None:
     model, row.size = build(row.name)
-    image = torch.randn(
-        1, 3, row.size, row.size, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
-    )
+    image = torch.randn(1, 3, row.size, row.size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     policy: dict[str, str] = {}
     try:
         net = trace(model, image)
@@ -290,9 +280,7 @@ def _examine(row: Row) -> None:
                 )
             row.error = max(row.error, *(relative(a, b) for a, b in zip(found.pixels, wanted, strict=True)))
         if row.error >= LIMIT:
-            moved, _ = deconvnet_by_autograd(
-                model, image * (1 + torch.finfo(image.dtype).eps), path, units, policy
-            )
+            moved, _ = deconvnet_by_autograd(model, image * (1 + torch.finfo(image.dtype).eps), path, units, policy)
             row.noise = max(row.noise, *(relative(a, b) for a, b in zip(moved, wanted, strict=True)))
         row.units += int((wanted.flatten(1).abs().amax(1) > 0).sum())
 
@@ -317,9 +305,7 @@ def stated_policy(net: Network) -> dict[str, str]:
 
 def examine_within(name: str, family: str, limit_s: float) -> Row:
     """The same in a process of its own, which is ended after ``limit_s`` seconds."""
-    importlib.import_module(
-        "torch.fx.experimental.symbolic_shapes"
-    )  # autograd would import it in every child anew
+    importlib.import_module("torch.fx.experimental.symbolic_shapes")  # autograd would import it in every child anew
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
 
@@ -388,8 +374,7 @@ def table(rows: Sequence[Row]) -> str:
         without = f"refused: {row.refused}" if row.refused else "" if row.problem else row.outcome
         result = row.outcome.replace("|", "/") if row.refused or row.problem else ""
         text.append(
-            f"| {row.family} | {row.name} | {row.size or ''} | {row.layers or ''} | {without} | "
-            f"{row.policy} | {result} |"
+            f"| {row.family} | {row.name} | {row.size or ''} | {row.layers or ''} | {without} | {row.policy} | {result} |"
         )
     return "\n".join(text) + "\n"
 
@@ -401,9 +386,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", type=int, help="so many varied networks instead of all")
     parser.add_argument("--names", nargs="+", help="these networks alone")
     parser.add_argument("--rows", type=Path, help="file of rows (JSON lines), continued where it ended")
