@@ -2,7 +2,7 @@
 # make test    install and run all tests (what .ci/run does)
 # make check   lint, types, formatting        make format  mend the formatting
 # make bench   benchmarks on this CPU         make gpu     tests and benchmarks on a CUDA machine
-# Everything goes into .venv, by the versions of constraints.txt. PYTHON=... chooses the interpreter.
+# Everything but `make gpu` goes into .venv, by the versions of constraints.txt. PYTHON=... chooses the interpreter.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -45,8 +45,9 @@ format: $(VENV)/.stamp-test
 bench: $(VENV)/.stamp-test
 	$(BIN)/python -m benchmarks.table
 
-gpu: $(VENV)/.stamp-test
-	PATH="$(abspath $(BIN)):$$PATH" bash benchmarks/gpu.sh
+# no environment of its own: a CUDA build of torch is too large to fetch, so the machine's is used
+gpu:
+	PYTHON="$(PYTHON)" bash benchmarks/gpu.sh
 
 clean:
 	rm -rf $(VENV) build $(DEMO_OUTPUT)
