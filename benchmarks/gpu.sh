@@ -9,7 +9,7 @@ budget=${GPU_SECONDS:-530}
 mkdir -p "$results"
 left() { echo $((budget - SECONDS)); }
 
-"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
+"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || {
   echo "make gpu needs a CUDA device that $python's torch can use; none was found" >&2
   exit 2
 }
