@@ -113,9 +113,7 @@ def topdown_row(trunk: nn.Module, net: Any, images: Tensor, name: str, count: in
     return compare(row, {}, {"stock crops": lambda: stock_crops(layers, channels, values, switches)}, 0)
 
 
-def from_pixels_row(
-    trunk: nn.Module, net: Any, images: Tensor, name: str, count: int, promised: float
-) -> Row:
+def from_pixels_row(trunk: nn.Module, net: Any, images: Tensor, name: str, count: int, promised: float) -> Row:
     """Times per 1000 projections: `count` of ours in a call, one per image of the plain ones."""
     rows, channels, places = units_of(net, name, count)
     few = len(images)
@@ -124,9 +122,7 @@ def from_pixels_row(
     row = Row("from pixels", f"from pixels, {name}, ms per 1000", target=f">= {promised}x plain")
 
     def ours(some: slice) -> Any:
-        return conelens.project(
-            net, images, layer=name, channel=channels[some], position=places[some], image=rows[some]
-        )
+        return conelens.project(net, images, layer=name, channel=channels[some], position=places[some], image=rows[some])
 
     gate = {"gate": lambda: ours(slice(few)).pixels}
     row = compare(row, gate, {"plain": lambda: plain(images, first)}, 2e-3)

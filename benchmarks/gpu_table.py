@@ -69,11 +69,7 @@ def pool_and_unpool(machine: Machine, x: Tensor, window: Window, label: str) -> 
         others = {"eager": lambda: eager_unpool(*args), "compile": compiled(eager_unpool, *args)}
     yield compare(
         Row("unpool", f"unpool {label}", floor=floor, target=">= 90 % of copy"),
-        {
-            "ours": lambda: ops.max_unpool2d(
-                pooled, switches, *window, output_size=size, relu=True, out=written
-            )
-        },
+        {"ours": lambda: ops.max_unpool2d(pooled, switches, *window, output_size=size, relu=True, out=written)},
         others,
         0,
     )

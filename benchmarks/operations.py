@@ -49,9 +49,7 @@ def _pool_inputs(shape: tuple[int, int, int, int], window: Window) -> PoolInputs
     x_last = x.to(memory_format=CL)
     ours, ours_last = (tuple(ops.max_pool2d_with_switches(v, *window, relu=True)) for v in (x, x_last))
     stock, stock_last = (_eager_pool(v, *window) for v in (x, x_last))
-    return PoolInputs(
-        x, x_last, window, ours, ours_last, torch.empty_like(x), torch.empty_like(x_last), stock, stock_last
-    )
+    return PoolInputs(x, x_last, window, ours, ours_last, torch.empty_like(x), torch.empty_like(x_last), stock, stock_last)
 
 
 def _eager_pool(x: Tensor, kernel: int, stride: int) -> tuple[Tensor, Tensor]:
@@ -61,9 +59,7 @@ def _eager_pool(x: Tensor, kernel: int, stride: int) -> tuple[Tensor, Tensor]:
 def _eager_pool_into(x: Tensor, window: Window, rectified: Tensor, out: tuple[Tensor, Tensor]) -> Any:
     torch.clamp_min(x, 0, out=rectified)
     kernel, stride = window
-    return torch.ops.aten.max_pool2d_with_indices.out(
-        rectified, [kernel, kernel], [stride, stride], out=out[0], indices=out[1]
-    )
+    return torch.ops.aten.max_pool2d_with_indices.out(rectified, [kernel, kernel], [stride, stride], out=out[0], indices=out[1])
 
 
 def _read_pool(inputs: PoolInputs, result: Any) -> tuple[Tensor, Tensor]:
@@ -77,12 +73,7 @@ def _read_pool(inputs: PoolInputs, result: Any) -> tuple[Tensor, Tensor]:
 
 
 def pool_case(shape: tuple[int, int, int, int], window: Window) -> Case:
-    out = (
-        shape[0]
-        * shape[1]
-        * ((shape[2] - window[0]) // window[1] + 1)
-        * ((shape[3] - window[0]) // window[1] + 1)
-    )
+    out = shape[0] * shape[1] * ((shape[2] - window[0]) // window[1] + 1) * ((shape[3] - window[0]) // window[1] + 1)
     read = shape[0] * shape[1] * shape[2] * shape[3]
     promised = (
         Target("NCHW", 10, ("eager NCHW",)),
@@ -98,18 +89,14 @@ def pool_case(shape: tuple[int, int, int, int], window: Window) -> Case:
             "NCHW": lambda i: ops.max_pool2d_with_switches(i.x, *i.window, relu=True),
             "NCHW reused": lambda i: ops.max_pool2d_with_switches(i.x, *i.window, relu=True, out=i.ours),
             "channels_last": lambda i: ops.max_pool2d_with_switches(i.x_last, *i.window, relu=True),
-            "channels_last reused": lambda i: ops.max_pool2d_with_switches(
-                i.x_last, *i.window, relu=True, out=i.ours_last
-            ),
+            "channels_last reused": lambda i: ops.max_pool2d_with_switches(i.x_last, *i.window, relu=True, out=i.ours_last),
         },
         others={
             "eager NCHW": lambda i: _eager_pool(i.x, *i.window),
             "eager channels_last": lambda i: _eager_pool(i.x_last, *i.window),
             "torch.compile": lambda i: compiled_pool(i.x, *i.window),
             "eager NCHW reused": lambda i: _eager_pool_into(i.x, i.window, i.rectified, i.stock),
-            "eager channels_last reused": lambda i: _eager_pool_into(
-                i.x_last, i.window, i.rectified_last, i.stock_last
-            ),
+            "eager channels_last reused": lambda i: _eager_pool_into(i.x_last, i.window, i.rectified_last, i.stock_last),
         },
         read=_read_pool,
         floor=lambda _: Floor("bytes", 4 * read + 5 * out),
@@ -148,9 +135,7 @@ def _unpool_inputs(shape: tuple[int, int, int, int], window: Window) -> UnpoolIn
 
 
 def _unpool(inputs: UnpoolInputs, last: bool, out: Tensor | None = None) -> Tensor:
-    signal, switches = (
-        (inputs.signal_last, inputs.switches_last) if last else (inputs.signal, inputs.switches)
-    )
+    signal, switches = (inputs.signal_last, inputs.switches_last) if last else (inputs.signal, inputs.switches)
     return ops.max_unpool2d(signal, switches, *inputs.window, output_size=inputs.size, relu=True, out=out)
 
 
@@ -174,8 +159,7 @@ def _adding_unpool_into(signal: Tensor, indices: Tensor, size: tuple[int, int], 
 
 
 OVERLAP_NOTE = (
-    "eager and compiled are zeros + scatter_add_ + relu, as F.max_unpool2d is wrong here: "
-    "it overwrites where windows overlap"
+    "eager and compiled are zeros + scatter_add_ + relu, as F.max_unpool2d is wrong here: it overwrites where windows overlap"
 )
 
 
@@ -197,9 +181,7 @@ def unpool_case(shape: tuple[int, int, int, int], window: Window) -> Case:
             "eager channels_last": lambda i: _eager_unpool(i.signal_last, i.indices_last, *i.window, i.size),
             "torch.compile": lambda i: compiled_unpool(i.signal, i.indices, *i.window, i.size),
             "eager NCHW reused": lambda i: _eager_unpool_into(i.signal, i.indices, i.size, i.out),
-            "eager channels_last reused": lambda i: _eager_unpool_into(
-                i.signal_last, i.indices_last, i.size, i.out_last
-            ),
+            "eager channels_last reused": lambda i: _eager_unpool_into(i.signal_last, i.indices_last, i.size, i.out_last),
         }
     else:
         compiled_adding = compiled(_adding_unpool)

@@ -122,9 +122,7 @@ def _many(name: str, count: int) -> ProjectionInputs:
 
 def _ours(inputs: ProjectionInputs) -> Any:
     channel, y, x = inputs.units
-    return conelens.project(
-        network(), inputs.images, inputs.layer, channel, torch.stack([y, x], 1), image=inputs.rows
-    )
+    return conelens.project(network(), inputs.images, inputs.layer, channel, torch.stack([y, x], 1), image=inputs.rows)
 
 
 def _without_gradients(run: Callable[[ProjectionInputs], Tensor]) -> Callable[[ProjectionInputs], Tensor]:
@@ -180,12 +178,8 @@ def many_units(name: str) -> Case:
         check_part=1 / IMAGES,
         ours={"conelens": _ours},
         others={
-            "plain one by one": _without_gradients(
-                lambda i: i.plain.many_one_by_one(i.images, i.rows, i.units)
-            ),
-            "plain batched NCHW": _without_gradients(
-                lambda i: i.plain.many_at_once(i.images, i.rows, i.units)
-            ),
+            "plain one by one": _without_gradients(lambda i: i.plain.many_one_by_one(i.images, i.rows, i.units)),
+            "plain batched NCHW": _without_gradients(lambda i: i.plain.many_at_once(i.images, i.rows, i.units)),
             "plain batched channels_last": _without_gradients(
                 lambda i: i.plain_last.many_at_once(i.images_last, i.rows, i.units)
             ),

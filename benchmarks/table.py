@@ -102,14 +102,10 @@ def _section(cases: Sequence[Case], machine: Mapping[str, Any], statistic: str) 
         notes += [f"{case['name']}: {case['note']}."] if case["note"] else []
         notes += [f"{case['name']}: **RED**, {name}: {why}." for name, why in case["red"].items()]
         notes += [f"{case['name']}: no {name}: {why}." for name, why in case["unavailable"].items()]
-    return ["| " + " | ".join(row) + " |" for row in rows] + (
-        ["", *(f"- {note}" for note in notes)] if notes else []
-    )
+    return ["| " + " | ".join(row) + " |" for row in rows] + (["", *(f"- {note}" for note in notes)] if notes else [])
 
 
-def _row(
-    case: Case, name: str, others: Sequence[str], machine: Mapping[str, Any], statistic: str
-) -> list[str]:
+def _row(case: Case, name: str, others: Sequence[str], machine: Mapping[str, Any], statistic: str) -> list[str]:
     title = case["name"] if name == "conelens" else f"{case['name']}, {name}"
     times = {contender: stats[statistic] for contender, stats in case["times"].items()}
     if case["red"] or name not in times:
@@ -123,9 +119,7 @@ def _row(
         *(duration(times[other]) if other in times else "-" for other in others),
         _ratio(ours, rivals(case, name, times)),
         _share(case, ours, machine),
-        "; ".join(
-            verdict(target, case, times, machine) for target in case["targets"] if target["row"] == name
-        ),
+        "; ".join(verdict(target, case, times, machine) for target in case["targets"] if target["row"] == name),
     ]
 
 
@@ -158,9 +152,7 @@ def share(case: Case, ours: float, machine: Mapping[str, Any]) -> float:
     return float(case["floor"]["amount"] / ours / limit)
 
 
-def verdict(
-    target: Mapping[str, Any], case: Case, times: Mapping[str, float], machine: Mapping[str, Any]
-) -> str:
+def verdict(target: Mapping[str, Any], case: Case, times: Mapping[str, float], machine: Mapping[str, Any]) -> str:
     """A target in words, and whether it is met."""
     ours, least = times[target["row"]], target["at_least"]
     if not target["against"]:
@@ -193,12 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="REGEX", help='cases whose "section | name" matches')
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile-seconds", type=float, default=90, help="limit for each torch.compile")
-    parser.add_argument(
-        "--statistic", choices=("median", "min"), default="median", help="min for a busy machine"
-    )
-    parser.add_argument(
-        "--from-results", action="store_true", help="no measurement: the times kept in results/"
-    )
+    parser.add_argument("--statistic", choices=("median", "min"), default="median", help="min for a busy machine")
+    parser.add_argument("--from-results", action="store_true", help="no measurement: the times kept in results/")
     options = parser.parse_args(arguments)
     re.compile(options.only)
     if options.from_results:

@@ -156,9 +156,7 @@ def test_top_on_tiles(room: Path) -> None:
     files = [row.split('"')[1].split(" [")[0] for row in rows]
     assert files
     assert len(set(files)) == len(files), "tiles of one photograph do not crowd out the others"
-    one_line_error(
-        run("top", "small_nets:net", room / "pictures", "--layers", "3", "--tiles", "big"), 2, "--tiles"
-    )
+    one_line_error(run("top", "small_nets:net", room / "pictures", "--layers", "3", "--tiles", "big"), 2, "--tiles")
 
 
 def test_a_dead_unit_is_named_shown_and_does_not_stop_the_job(room: Path) -> None:
@@ -189,12 +187,8 @@ def test_wrong_arguments_exit_with_two_and_a_hint(room: Path) -> None:
     one_line_error(run("layers", "squeezenet"), 2, "squeezenet1_1")
     one_line_error(run("project", "vgg16", photo, "--layer", "conv1_1", "--channel", "0"), 2, "--weights")
     one_line_error(run("layers", "small_nets:net", "--input-size", "big"), 2, "--input-size")
-    one_line_error(
-        run("top", "small_nets:net", room / "pictures", "--layers", "3", "--channels", "2-x"), 2, "--channels"
-    )
-    one_line_error(
-        run("top", "small_nets:net", room / "pictures", "--layers", "3", "--channels", "9"), 2, "channel 9"
-    )
+    one_line_error(run("top", "small_nets:net", room / "pictures", "--layers", "3", "--channels", "2-x"), 2, "--channels")
+    one_line_error(run("top", "small_nets:net", room / "pictures", "--layers", "3", "--channels", "9"), 2, "channel 9")
     assert run("project", "squeezenet1_1").exit_code == 2
     assert run("nonsense").exit_code == 2
 
@@ -216,9 +210,7 @@ def test_a_pickled_checkpoint_is_refused_and_does_not_run(room: Path) -> None:
             return os.mkdir, (str(marker),)
 
     torch.save({"0.weight": Evil()}, room / "evil.pt")
-    one_line_error(
-        run("layers", "small_nets:net", "--weights", room / "evil.pt"), 1, "evil.pt", "could run code"
-    )
+    one_line_error(run("layers", "small_nets:net", "--weights", room / "evil.pt"), 1, "evil.pt", "could run code")
     assert not marker.exists()
 
 

@@ -70,9 +70,7 @@ def test_a_folder_is_searched_deeply_in_sorted_order_and_by_content(folder: Path
 def test_broken_files_are_named_and_the_rest_goes_on(folder: Path, threads: int) -> None:
     dataset = ImageFolder(folder, PLAIN)
     problems: dict[str, str] = {}
-    batches = list(
-        iter_batches(dataset, 2, threads, lambda i, e: problems.__setitem__(dataset.label(i), str(e)))
-    )
+    batches = list(iter_batches(dataset, 2, threads, lambda i, e: problems.__setitem__(dataset.label(i), str(e))))
     assert [b.indices for b in batches] == [[0, 1], [5]]
     assert set(problems) == {"bomb.png", "cut.jpg", "not_an_image.jpg"}
     assert "decompression bomb" in problems["bomb.png"]
@@ -88,9 +86,7 @@ def test_without_a_callback_a_broken_file_stops_the_job(folder: Path) -> None:
         list(iter_batches(ImageFolder(folder, PLAIN), 2))
 
 
-def test_a_picture_that_pillow_only_warns_about_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_picture_that_pillow_only_warns_about_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     picture(40, 40).save(tmp_path / "big.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(DataError, match="more than 1000 pixels"):

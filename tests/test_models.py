@@ -54,15 +54,11 @@ def test_squeezenet_ships_complete_and_classifies() -> None:
     assert {folder.label(i): model.classes[k] for i, k in zip(chosen, best)} == right
 
 
-@pytest.mark.skipif(
-    not (SHARED / "imagenet_samples").is_dir(), reason="needs ../shared/data/imagenet_samples"
-)
+@pytest.mark.skipif(not (SHARED / "imagenet_samples").is_dir(), reason="needs ../shared/data/imagenet_samples")
 def test_squeezenet_accuracy_on_the_500_photographs() -> None:
     """57.8 % and 81.0 %: the plain centre of each file, black beyond the few that are smaller than 224."""
     model = load_model("squeezenet1_1")
-    ids = [
-        line.split(" ", 1)[0] for line in (SHARED / "weights" / "synset_words.txt").read_text().splitlines()
-    ]
+    ids = [line.split(" ", 1)[0] for line in (SHARED / "weights" / "synset_words.txt").read_text().splitlines()]
     paths = find_images(SHARED / "imagenet_samples")
     assert len(paths) == 500
     first = fifth = 0

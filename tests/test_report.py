@@ -76,9 +76,7 @@ def test_a_page_embeds_its_pictures_and_writes_them_beside(tmp_path: Path) -> No
     picture = Image.new("RGB", (6, 4), (10, 200, 30))
     page = Page("title <b>", "intro")
     page.sections.append(
-        Section(
-            "one", "text", [Figure("a/b c", picture, "shows")], [Table(("h",), [("<i>cell</i>",)])], "pre"
-        )
+        Section("one", "text", [Figure("a/b c", picture, "shows")], [Table(("h",), [("<i>cell</i>",)])], "pre")
     )
     path = write_page(page, tmp_path / "out")
     text = path.read_text(encoding="utf-8")

@@ -64,9 +64,7 @@ def tf32_allowed() -> bool:
     return False
 
 
-def problem_of(
-    y: Tensor, weight: Tensor, out_cells: int, groups: int, pool: Sequence[int] | None, windows: bool
-) -> Problem:
+def problem_of(y: Tensor, weight: Tensor, out_cells: int, groups: int, pool: Sequence[int] | None, windows: bool) -> Problem:
     """The key of the tables for these arguments; `pool` = kernel, stride, padding, dilation, each y, x."""
     covering = 0
     if pool is not None:

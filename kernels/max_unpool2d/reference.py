@@ -12,8 +12,7 @@ Pair = tuple[int, int]
 def natural_size(pooled_size: Pair, kernel_size: Pair, stride: Pair, dilation: Pair) -> Pair:
     """Cells that the windows of a pooled map (or of a part of one) reach over."""
     height, width = (
-        (n - 1) * s + d * (k - 1) + 1
-        for n, k, s, d in zip(pooled_size, kernel_size, stride, dilation, strict=True)
+        (n - 1) * s + d * (k - 1) + 1 for n, k, s, d in zip(pooled_size, kernel_size, stride, dilation, strict=True)
     )
     return height, width
 

@@ -22,11 +22,7 @@ class Capabilities(dict[str, Any]):
             if not isinstance(values, dict):
                 rows.append((part, str(values)))
                 continue
-            said = [
-                f"{key} {_text(value)}"
-                for key, value in values.items()
-                if key != "reason" and value is not None
-            ]
+            said = [f"{key} {_text(value)}" for key, value in values.items() if key != "reason" and value is not None]
             if values["reason"]:
                 said.append(f"not usable: {values['reason']}")
             rows.append((part, ", ".join(said)))
@@ -40,9 +36,7 @@ def _text(value: Any) -> str:
 
 def capabilities() -> Capabilities:
     """Versions, instruction set and threads of the CPU kernels, CUDA kernels, Triton; ``reason`` is None where usable."""
-    return Capabilities(
-        conelens=conelens.__version__, torch=torch.__version__, cpu=_cpu(), cuda=_cuda(), triton=_triton()
-    )
+    return Capabilities(conelens=conelens.__version__, torch=torch.__version__, cpu=_cpu(), cuda=_cuda(), triton=_triton())
 
 
 def _cpu() -> dict[str, Any]:
@@ -69,9 +63,7 @@ def _cuda() -> dict[str, Any]:
         "toolkit": toolkit,
         "architectures": architectures,
         "devices": native.module.device_count() if native.module is not None else 0,
-        "reason": native.reason
-        if toolkit is not None
-        else "built without CUDA kernels (no nvcc, or CONELENS_CUDA=OFF)",
+        "reason": native.reason if toolkit is not None else "built without CUDA kernels (no nvcc, or CONELENS_CUDA=OFF)",
     }
 
 

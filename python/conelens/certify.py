@@ -37,9 +37,7 @@ class TieProbe:
                 op = self.graph[index].op
                 self._windows[index] = take(x, place.origin, place.size, op.outside, rows)
 
-    def report(
-        self, steps: dict[int, Step], values: Tensor, channels: Tensor, windows: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def report(self, steps: dict[int, Step], values: Tensor, channels: Tensor, windows: Tensor) -> tuple[Tensor, Tensor]:
         """(near ties [U] int64, relative change of the projection [U] when they all flip)."""
         count = torch.zeros(len(values), dtype=torch.int64, device=values.device)
         flipped = {index: copy.copy(step) for index, step in steps.items()}

@@ -108,9 +108,7 @@ def _fit(low: np.ndarray, high: np.ndarray, map_size: Pair | None) -> tuple[Plac
             length -= over + under
             if length >= cells:
                 low[:, axis], length = 0, cells
-            elif (
-                length <= 0
-            ):  # the unit sees nothing but padding here: one harmless cell keeps the shapes sound
+            elif length <= 0:  # the unit sees nothing but padding here: one harmless cell keeps the shapes sound
                 low[:, axis], length = np.clip(low[:, axis], 0, cells - 1), 1
             hang = hang or bool((low[:, axis] < 0).any() or (low[:, axis] + length > cells).any())
         size[axis] = length
@@ -152,9 +150,7 @@ def unit_boxes(graph: Graph, target: int, positions: np.ndarray) -> np.ndarray:
         for edge, source in enumerate(node.inputs):
             reached = np.empty_like(need)
             for axis in (0, 1):
-                low, high = node.op.reach(
-                    edge, axis, need[:, axis], need[:, axis + 2], graph[source].size[axis]
-                )
+                low, high = node.op.reach(edge, axis, need[:, axis], need[:, axis + 2], graph[source].size[axis])
                 reached[:, axis], reached[:, axis + 2] = low, high
             held = needs.get(source)
             needs[source] = reached if held is None else _hull(held, reached)

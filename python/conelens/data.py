@@ -23,9 +23,7 @@ from torch import Tensor
 
 from conelens.errors import ArgumentError, DataError
 
-SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}
-)
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"})
 
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"II*\x00", b"MM\x00*")
 _EXIF_ORIENTATION = 0x0112
@@ -155,9 +153,7 @@ class Preprocess:
 
     def pixels(self, x: Tensor) -> np.ndarray:
         """Network input [3,H,W] -> uint8 [H,W,3] for display, the inverse of `tensor`."""
-        values = (
-            x.detach().float().cpu().numpy().transpose(1, 2, 0) * self._std() + self._mean()
-        ) / self.scale
+        values = (x.detach().float().cpu().numpy().transpose(1, 2, 0) * self._std() + self._mean()) / self.scale
         return np.clip(np.rint(values), 0, 255).astype(np.uint8)
 
     def _mean(self) -> np.ndarray:
@@ -259,9 +255,7 @@ class TiledFolder:
                 side = max(1, round(min(height, width) * scale))
                 if number == 0 or side >= smallest:
                     self.tiles += [
-                        Tile(path, top, left, side)
-                        for top in _spread(height, side)
-                        for left in _spread(width, side)
+                        Tile(path, top, left, side) for top in _spread(height, side) for left in _spread(width, side)
                     ]
         self._recent: OrderedDict[Path, Image.Image] = OrderedDict()
         self._lock = threading.Lock()
@@ -333,9 +327,7 @@ def find_images(source: str | Path | Sequence[str | Path]) -> list[Path]:
             continue
         seen.add(real)
         names[:] = sorted(n for n in names if not n.startswith("."))
-        found += [
-            Path(folder, f) for f in files if not f.startswith(".") and _looks_like_image(Path(folder, f))
-        ]
+        found += [Path(folder, f) for f in files if not f.startswith(".") and _looks_like_image(Path(folder, f))]
     if not found:
         raise DataError(f"{root}: no image files ({', '.join(sorted(SUFFIXES))}) below this folder")
     return sorted(found, key=lambda p: p.relative_to(root).as_posix())

@@ -111,10 +111,7 @@ def _predictions(bench: Workbench, photos: ImageFolder) -> Section:
             pictures.append(photos.frame(index))
             labels.append(f"{bench.model.classes[int(best)]} {float(value):.0%}")
     sheet = grid(pictures, columns=11, side=112, gap=4, labels=labels)
-    text = (
-        "The most probable of 1000 ImageNet classes for the centre of each photograph. What no "
-        "class fits is guessed at."
-    )
+    text = "The most probable of 1000 ImageNet classes for the centre of each photograph. What no class fits is guessed at."
     return Section("Predictions", text, [Figure("predictions", sheet)])
 
 
@@ -162,18 +159,14 @@ def _montages(bench: Workbench, tiles: TiledFolder, table: PeakTable) -> list[Se
 
 
 def _timings(bench: Workbench, photos: ImageFolder) -> Section:
-    image = photos[[photos.label(i) for i in range(len(photos))].index(STAGE_PHOTOGRAPHS[0])][None].to(
-        bench.net.device
-    )
+    image = photos[[photos.label(i) for i in range(len(photos))].index(STAGE_PHOTOGRAPHS[0])][None].to(bench.net.device)
     rows = []
     for layer, channel in TIMED:
         about = bench.net[layer]
         place = (about.shape[1] // 2, about.shape[2] // 2)
         cone, full = (_fastest(bench, image, layer, channel, place, route) for route in ("cone", "full"))
         high, wide = about.receptive_field
-        rows.append(
-            (layer, f"{high} x {wide}", f"{cone * 1e3:.2f}", f"{full * 1e3:.2f}", f"{full / cone:.1f}")
-        )
+        rows.append((layer, f"{high} x {wide}", f"{cone * 1e3:.2f}", f"{full * 1e3:.2f}", f"{full / cone:.1f}"))
     text = (
         "One unit in the middle of the map, position known, from pixels to projection: on its cone, and "
         "with the whole image's forward "
@@ -183,9 +176,7 @@ def _timings(bench: Workbench, photos: ImageFolder) -> Section:
     return Section("Cone against whole image", text, tables=[Table(header, rows)])
 
 
-def _fastest(
-    bench: Workbench, image: torch.Tensor, layer: str, channel: int, place: tuple[int, int], route: str
-) -> float:
+def _fastest(bench: Workbench, image: torch.Tensor, layer: str, channel: int, place: tuple[int, int], route: str) -> float:
     taken = []
     for _ in range(4):  # the first one plans and warms up
         with warnings.catch_warnings():
@@ -204,10 +195,5 @@ def _credits() -> Section:
             file, shows, author, licence, source, _ = (cell.strip() for cell in line.strip("|").split("|"))
             name, _, address = licence.strip("[)").partition("](")
             rows.append((file.strip("`"), shows, author, f"{name} ({address})", source))
-    text = (
-        "The photographs were scaled to at most 640 pixels. Those under a ShareAlike licence "
-        "stay under it, here too."
-    )
-    return Section(
-        "Photographs", text, tables=[Table(("file", "shows", "author", "licence", "source"), rows)]
-    )
+    text = "The photographs were scaled to at most 640 pixels. Those under a ShareAlike licence stay under it, here too."
+    return Section("Photographs", text, tables=[Table(("file", "shows", "author", "licence", "source"), rows)])

@@ -69,10 +69,8 @@ def draw_svg(nodes: Sequence[DiagramNode], title: str) -> str:
         parts += [
             f'<rect x="{x:.1f}" y="{y:.1f}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="5" '
             f'fill="{box.colour}" stroke="{_LINE}" stroke-width="0.8"/>',
-            f'<text x="{x + 8:.1f}" y="{y + 14:.1f}" font-size="11" font-weight="600" fill="{_INK}">'
-            f"{escape(box.title)}</text>",
-            f'<text x="{x + 8:.1f}" y="{y + 27:.1f}" font-size="10" fill="{_FAINT}">'
-            f"{escape(box.detail)}</text>",
+            f'<text x="{x + 8:.1f}" y="{y + 14:.1f}" font-size="11" font-weight="600" fill="{_INK}">{escape(box.title)}</text>',
+            f'<text x="{x + 8:.1f}" y="{y + 27:.1f}" font-size="10" fill="{_FAINT}">{escape(box.detail)}</text>',
         ]
     return "\n".join([*parts, "</svg>", ""])
 

@@ -20,9 +20,7 @@ _PAPER, _INK, _FAINT = (255, 255, 255), (24, 28, 36), (104, 110, 122)
 
 
 # ------------------------------------------------------------------------------------------ arrays to pixels
-def signed(
-    x: np.ndarray, scale: str = "tile", limit: float | None = None, percentile: float = 99.3
-) -> np.ndarray:
+def signed(x: np.ndarray, scale: str = "tile", limit: float | None = None, percentile: float = 99.3) -> np.ndarray:
     """Signed values -> uint8 with zero at mid-grey (128).
 
     Args:
@@ -120,9 +118,7 @@ def grid(
     return sheet
 
 
-def _fit(
-    pen: ImageDraw.ImageDraw, text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, room: int
-) -> str:
+def _fit(pen: ImageDraw.ImageDraw, text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, room: int) -> str:
     while text and pen.textlength(text, font) > room:
         text = text[:-2] + "…" if len(text) > 2 else ""
     return text
@@ -141,9 +137,7 @@ class UnitPanel:
     note: str = ""
 
 
-def unit_panel(
-    panel: UnitPanel, side: int = 96, columns: int = 3, scale: str = "tile", cells: int = 9
-) -> Image.Image:
+def unit_panel(panel: UnitPanel, side: int = 96, columns: int = 3, scale: str = "tile", cells: int = 9) -> Image.Image:
     """The 3 x 3 image patches of a channel beside the 3 x 3 projections."""
     left = grid(list(panel.patches), columns, side, cells=cells)
     shown = signed(panel.projections, scale) if len(panel.projections) else np.zeros((0, 3, 1, 1), np.uint8)

@@ -36,9 +36,7 @@ class Graph:
         self.outputs: list[int] = []
         self._memo: dict[Hashable, Any] = {}
 
-    def add(
-        self, op: Operator, inputs: tuple[int, ...], shape: tuple[int, int, int], vector: bool = False
-    ) -> Node:
+    def add(self, op: Operator, inputs: tuple[int, ...], shape: tuple[int, int, int], vector: bool = False) -> Node:
         node = Node(len(self.nodes), op, inputs, shape, vector)
         self.nodes.append(node)
         return node

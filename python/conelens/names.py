@@ -40,4 +40,3 @@ def add_conventional_aliases(graph: Graph) -> None:
         elif isinstance(node.op, MaxPool2d) and inside:
             give(node.index, f"pool{block}")
             block, inside = block + 1, 0
-

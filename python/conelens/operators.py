@@ -246,9 +246,7 @@ class MaxPool2d(Operator):
     def pool(self, x: Tensor, whole: bool, relu: bool) -> tuple[Tensor, Tensor]:
         """(pooled, switches) of a whole map, or of a window without any padding."""
         padding, ceil_mode = (self.padding, self.ceil_mode) if whole else ((0, 0), False)
-        return ops.max_pool2d_with_switches(
-            x, self.kernel, self.stride, padding, self.dilation, ceil_mode, relu=relu
-        )
+        return ops.max_pool2d_with_switches(x, self.kernel, self.stride, padding, self.dilation, ceil_mode, relu=relu)
 
     def forward(self, inputs: Sequence[Tensor], step: Step | None) -> Tensor:
         pooled, switches = self.pool(inputs[0], step is None, relu=False)

@@ -38,11 +38,7 @@ def read_units(node: Node, images: Tensor, channel: Any, position: Any, image: A
             raise ArgumentError(f"position: got {position!r}, wanted 'peak', (y, x) or [U, 2]")
     elif position != "peak":
         raise ArgumentError(f"position: got {position!r}, wanted 'peak', (y, x) or [U, 2]")
-    lengths = {
-        name: len(v)
-        for name, v in given.items()
-        if v is not None and v.ndim == (2 if name == "position" else 1)
-    }
+    lengths = {name: len(v) for name, v in given.items() if v is not None and v.ndim == (2 if name == "position" else 1)}
     units = next(iter(lengths.values()), len(images) if image is None else 1)
     if set(lengths.values()) - {units} or (image is None and units != len(images) and len(images) != 1):
         told = ", ".join(f"{name} of {length}" for name, length in lengths.items())

@@ -115,9 +115,7 @@ UNPOOLS = [  # pooled shape, kernel, stride, padding, dilation, output size
 @pytest.mark.parametrize("windowed", [False, True], ids=["map", "windows"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_unpool_and_its_adjoint(
-    emulated: ModuleType, dtype: torch.dtype, channels_last: bool, windowed: bool
-) -> None:
+def test_unpool_and_its_adjoint(emulated: ModuleType, dtype: torch.dtype, channels_last: bool, windowed: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     for shape, kernel, stride, padding, dilation, size in UNPOOLS:
         window = tuple(map(pair, (kernel, stride, padding, dilation)))
@@ -189,9 +187,7 @@ def test_few_output_channels(emulated: ModuleType, dtype: torch.dtype) -> None:
         for relu, channels_last in ((False, True), (True, False)):
             case = f"{samples, c_in, c_out} {kernel} {padding} {size} windowed={windowed} relu={relu}"
             wanted = deconv_reference.deconv2d(y.double(), weight.double(), *window, None, None, relu, origin)
-            out, before = guarded(
-                torch.full_like(wanted, float("nan"), dtype=dtype), channels_last, 0, -777.0
-            )
+            out, before = guarded(torch.full_like(wanted, float("nan"), dtype=dtype), channels_last, 0, -777.0)
             emulated.deconv2d(y, weight, out, *window, None, None, relu, origin, 0)
             error = (out.double() - wanted).norm() / wanted.norm()
             assert error < torch.finfo(dtype).eps, case

@@ -44,13 +44,9 @@ def chain() -> nn.Sequential:
     return model.double().eval()
 
 
-def ours(
-    model: nn.Module, images: Tensor, layer: str, units: list[Unit], policy: dict[str, str] | None = None
-) -> Tensor:
+def ours(model: nn.Module, images: Tensor, layer: str, units: list[Unit], policy: dict[str, str] | None = None) -> Tensor:
     net = conelens.trace(model, images, policy)
-    return conelens.project(
-        net, images, layer, [u[1] for u in units], [u[2:] for u in units], [u[0] for u in units]
-    ).pixels
+    return conelens.project(net, images, layer, [u[1] for u in units], [u[2:] for u in units], [u[0] for u in units]).pixels
 
 
 def right(model: nn.Module, images: Tensor, layer: str, units: list[Unit]) -> Tensor:
@@ -62,9 +58,7 @@ def right(model: nn.Module, images: Tensor, layer: str, units: list[Unit]) -> Te
     return got
 
 
-def hooked(
-    model: nn.Module, image: Tensor, layer: str, unit: Unit, attach: Callable[[nn.ReLU], None]
-) -> Tensor:
+def hooked(model: nn.Module, image: Tensor, layer: str, unit: Unit, attach: Callable[[nn.ReLU], None]) -> Tensor:
     """Autograd with something attached to every nn.ReLU module, as hook-based implementations do; seeded with
     the activity.
     """
@@ -121,11 +115,7 @@ def test_e6_torch_unpooling_overwrites_where_windows_share_their_maximum() -> No
 def test_the_first_of_tied_values_gets_the_signal() -> None:
     """Dead windows tie at zero; autograd sends the signal to the first cell, and so do we."""
     torch.manual_seed(0)
-    model = (
-        nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3))
-        .double()
-        .eval()
-    )
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3)).double().eval()
     image = IMAGES[:1, :, :24, :24]
     units = live_units(model, image, "3", 4)
     wanted = right(model, image, "3", units)
@@ -201,9 +191,7 @@ def overwrite_input_gradient(module: nn.ReLU) -> None:
     def keep(given: Tensor) -> None:
         kept.append(given)
 
-    module.register_forward_pre_hook(
-        lambda m, inputs: inputs[0].register_hook(lambda _: kept.pop().clamp(min=0)) and None
-    )
+    module.register_forward_pre_hook(lambda m, inputs: inputs[0].register_hook(lambda _: kept.pop().clamp(min=0)) and None)
     module.register_forward_hook(lambda m, inputs, output: output.register_hook(keep) and None)
 
 
@@ -240,9 +228,7 @@ def test_a_signal_is_rectified_where_the_branches_have_met() -> None:
     units = live_units(model, IMAGES[:1], count=2)
     (projection, _) = right(model, IMAGES[:1], "last", units)
     assert torch.equal(model(IMAGES), early(IMAGES))
-    (wrong, _) = right(
-        early, IMAGES[:1], "last", units
-    )  # the same function of the image, but another network
+    (wrong, _) = right(early, IMAGES[:1], "last", units)  # the same function of the image, but another network
     assert relative(wrong, projection) > 0.05
 
 
@@ -306,11 +292,7 @@ def test_e13_strided_filters_come_back_to_the_size_they_came_from(size: int) -> 
     """
     torch.manual_seed(0)
     model = (
-        nn.Sequential(
-            nn.Conv2d(3, 6, 3, 3), nn.ReLU(), nn.Conv2d(6, 6, 2, 2, 1), nn.ReLU(), nn.Conv2d(6, 4, 3)
-        )
-        .double()
-        .eval()
+        nn.Sequential(nn.Conv2d(3, 6, 3, 3), nn.ReLU(), nn.Conv2d(6, 6, 2, 2, 1), nn.ReLU(), nn.Conv2d(6, 4, 3)).double().eval()
     )
     image = torch.randn(1, 3, size, size, dtype=torch.float64)
     units = live_units(model, image, "4", 3)
@@ -373,9 +355,6 @@ def test_named_kinds_of_network_show_the_mistakes_too() -> None:
         x,
         "last",
         units[0],
-        lambda m: (
-            m.register_full_backward_hook(lambda module, received, given: (received[0].clamp(min=0),))
-            and None
-        ),
+        lambda m: m.register_full_backward_hook(lambda module, received, given: (received[0].clamp(min=0),)) and None,
     )
     assert relative(guided, projection) > 0.1

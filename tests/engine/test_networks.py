@@ -65,8 +65,7 @@ def test_other_layers_and_memory_formats(kind: str) -> None:
     inside = [
         layer.name
         for layer in net.layers()
-        if layer.kind in ("conv", "relu", "max_pool", "batch_norm")
-        and layer.name in dict(model.named_modules())
+        if layer.kind in ("conv", "relu", "max_pool", "batch_norm") and layer.name in dict(model.named_modules())
     ]
     layer = inside[len(inside) // 2]
     units = live_units(model, x, layer, 4)
@@ -154,12 +153,7 @@ def captum(model: nn.Module, x: Tensor, units: list[tuple[int, int, int, int]]) 
     method = NeuronDeconvolution(model, model.get_submodule("last"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.cat(
-            [
-                method.attribute(x[i : i + 1].clone().requires_grad_(), (c, y, w)).detach()
-                for i, c, y, w in units
-            ]
-        )
+        return torch.cat([method.attribute(x[i : i + 1].clone().requires_grad_(), (c, y, w)).detach() for i, c, y, w in units])
 
 
 def modules_in_place(model: nn.Module, inplace: bool) -> nn.Module:
@@ -169,9 +163,7 @@ def modules_in_place(model: nn.Module, inplace: bool) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize(
-    "kind", ["VGG", "AlexNet, overlapping 3/2", "groups, depthwise, dilation", "average pools"]
-)
+@pytest.mark.parametrize("kind", ["VGG", "AlexNet, overlapping 3/2", "groups, depthwise, dilation", "average pools"])
 def test_captum_agrees_where_it_is_right(kind: str) -> None:
     """nn.ReLU modules that nothing shares."""
     model, x = modules_in_place(make(kind), False), images()

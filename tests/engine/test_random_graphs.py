@@ -54,10 +54,7 @@ def test_projection_equals_autograd_and_cone_equals_whole(seed: int) -> None:
 def test_all_positive_network_equals_the_plain_gradient(seed: int) -> None:
     """With nothing to rectify, the deconvnet is the gradient times the activation."""
     model = RandomNet(1000 + seed, all_positive=True).double()
-    if any(
-        getattr(s.body, "affine", False) or isinstance(s.body, torch.nn.LocalResponseNorm)
-        for s in model.steps
-    ):
+    if any(getattr(s.body, "affine", False) or isinstance(s.body, torch.nn.LocalResponseNorm) for s in model.steps):
         model = RandomNet(5000 + seed, all_positive=True).double()
     images = torch.rand(1, *model.input_shape, dtype=torch.float64)
     if any(isinstance(s.body, torch.nn.BatchNorm2d | torch.nn.LocalResponseNorm) for s in model.steps):
@@ -82,9 +79,7 @@ def test_box_is_the_receptive_field_found_by_probing(seed: int) -> None:
     leaf = torch.rand(1, *model.input_shape, dtype=torch.float64).requires_grad_()
     for y, x in ((0, 0), (height // 2, width // 2), (height - 1, width - 1)):
         unit = model(leaf)[0, :, y, x].sum()
-        top, left, bottom, right = unit_boxes(
-            net.graph, net.graph.outputs[0], torch.tensor([[y, x]]).numpy()
-        )[0]
+        top, left, bottom, right = unit_boxes(net.graph, net.graph.outputs[0], torch.tensor([[y, x]]).numpy())[0]
         if not unit.requires_grad:
             continue
         (gradient,) = torch.autograd.grad(unit, leaf)

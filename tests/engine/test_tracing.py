@@ -47,9 +47,7 @@ def kinds(net: Network) -> list[str]:
     return [layer.kind for layer in net.layers()]
 
 
-def check(
-    model: nn.Module, layer: str = "last", images: Tensor = IMAGES, policy: dict[str, str] | None = None
-) -> Network:
+def check(model: nn.Module, layer: str = "last", images: Tensor = IMAGES, policy: dict[str, str] | None = None) -> Network:
     """Trace, compare the forward pass, and project a few units of ``layer`` against the oracle."""
     model = model.double().eval()
     net = trace(model, images, policy)
@@ -63,9 +61,7 @@ def check(
         (1, channels // 2, height // 2, width // 2),
     ]
     wanted, values = deconvnet_by_autograd(model, images, layer, units, policy)
-    got = conelens.project(
-        net, images, layer, [u[1] for u in units], [u[2:] for u in units], [u[0] for u in units]
-    )
+    got = conelens.project(net, images, layer, [u[1] for u in units], [u[2:] for u in units], [u[0] for u in units])
     assert torch.allclose(got.values, values, rtol=1e-12, atol=1e-14)
     assert relative(got.pixels, wanted) < 1e-12
     return net
@@ -286,8 +282,7 @@ FIELDS: dict[str, tuple[nn.Module, str]] = {
     ),
     "alexnet": (
         ALEXNET,
-        "conv1 11/4@-2 pool1 19/8 conv2 51/8@-18 pool2 67/16 conv3 99/16 conv4 131/16 conv5 163/16@-66 "
-        "pool5 195/32",
+        "conv1 11/4@-2 pool1 19/8 conv2 51/8@-18 pool2 67/16 conv3 99/16 conv4 131/16 conv5 163/16@-66 pool5 195/32",
     ),
     "vgg16": (
         VGG16,
@@ -304,10 +299,7 @@ def test_receptive_fields_of_the_literature(name: str) -> None:
     net = trace(features.eval(), (3, 224, 224))
     found = re.findall(r"(\w+) (\d+)(?:/(\d+))?(?:@(-?\d+))?", text)
     assert len(found) >= 8
-    pools = {
-        f"pool{i + 1}": layer
-        for i, layer in enumerate(layer for layer in net.layers() if layer.kind == "max_pool")
-    }
+    pools = {f"pool{i + 1}": layer for i, layer in enumerate(layer for layer in net.layers() if layer.kind == "max_pool")}
     if len(pools) == 3:  # the literature calls the pool after conv5 "pool5"
         pools["pool5"] = pools.pop("pool3")
     for layer_name, field, stride, offset in found:
@@ -365,9 +357,7 @@ GRAPHS: dict[str, nn.Module] = {
     "every other channel": Lambda(lambda x: F.relu(x[:, ::2]), after=2),
     "concatenation": Lambda(lambda x: torch.cat([F.relu(x), x, F.max_pool2d(x, 3, 1, 1)], 1), after=12),
     "channels of zeros": Lambda(lambda x: F.pad(F.relu(x), (0, 0, 0, 0, 1, 2)), after=7),
-    "concatenation with zeros": Lambda(
-        lambda x: torch.cat([x[:, :1], torch.zeros_like(x), F.relu(x)], 1), after=9
-    ),
+    "concatenation with zeros": Lambda(lambda x: torch.cat([x[:, :1], torch.zeros_like(x), F.relu(x)], 1), after=9),
     "stacked and summed": Lambda(lambda x: F.relu(torch.stack([x, F.relu(x)], 1).sum(1))),
     "broadcast sum": Lambda(lambda x: F.relu(x - x.mean((2, 3), keepdim=True))),
     "mean of channels": Lambda(lambda x: F.relu(x - x.mean(1, keepdim=True))),
@@ -377,9 +367,7 @@ GRAPHS: dict[str, nn.Module] = {
     "channel shuffle by views": Lambda(lambda x: F.relu(_shuffle(x, 2))),
     "F.channel_shuffle": Lambda(lambda x: F.relu(F.channel_shuffle(x, 2))),
     "nn.ChannelShuffle": Lambda(nn.ChannelShuffle(2)),
-    "unbound split": Lambda(
-        lambda x: sum(F.relu(p) for p in x.view(x.shape[0], 2, 2, *x.shape[2:]).unbind(1)), after=2
-    ),
+    "unbound split": Lambda(lambda x: sum(F.relu(p) for p in x.view(x.shape[0], 2, 2, *x.shape[2:]).unbind(1)), after=2),
     "groups": Lambda(nn.Sequential(nn.ReLU(), nn.Conv2d(4, 8, 3, groups=2)), after=8),
     "depthwise": Lambda(nn.Sequential(nn.Conv2d(4, 4, 3, 2, 1, groups=4), nn.ReLU())),
     "dilation": Lambda(nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 3, dilation=2, padding=2))),
@@ -393,12 +381,8 @@ GRAPHS: dict[str, nn.Module] = {
     "padding with a value": Lambda(lambda x: F.relu(F.pad(x, (1, 1, 1, 1), value=0.7))),
     "negative padding crops": Lambda(lambda x: F.relu(F.pad(x, (-1, 0, -2, 1)))),
     "nn.ZeroPad2d": Lambda(nn.ZeroPad2d((1, 0, 2, 1))),
-    "reflecting convolution": Lambda(
-        nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), nn.ReLU())
-    ),
-    "circular convolution": Lambda(
-        nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), nn.ReLU())
-    ),
+    "reflecting convolution": Lambda(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), nn.ReLU())),
+    "circular convolution": Lambda(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), nn.ReLU())),
     "LRN module": Lambda(nn.Sequential(nn.ReLU(), nn.LocalResponseNorm(3, 0.1, 0.75, 2.0))),
     "LRN function": Lambda(lambda x: F.local_response_norm(F.relu(x), 3, alpha=0.1, beta=0.75, k=2.0)),
     "batch norm": Lambda(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())),
@@ -409,9 +393,7 @@ GRAPHS: dict[str, nn.Module] = {
     "crop": Lambda(lambda x: F.relu(x[:, :, 1:-1, 2:])),
     "dropout": Lambda(nn.Sequential(nn.Dropout2d(), nn.ReLU(), nn.Dropout())),
     "constants": Lambda(lambda x: F.relu(1 - 2 * (x + 0.25) / 3)),
-    "per-channel constants": Lambda(
-        lambda x: F.relu(x * torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=x.dtype).view(1, 4, 1, 1))
-    ),
+    "per-channel constants": Lambda(lambda x: F.relu(x * torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=x.dtype).view(1, 4, 1, 1))),
     "weighted sum": Lambda(lambda x: torch.add(F.relu(x), x, alpha=-0.5)),
     "difference": Lambda(lambda x: F.relu(F.relu(x) - x)),
 }

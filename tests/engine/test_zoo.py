@@ -55,14 +55,9 @@ def test_the_table_says_what_happened(tmp_path, capsys) -> None:  # type: ignore
     text = table(rows)
     assert "| b | two | 64 | 9 | refused: relu6 | relu6: clamp | 3e-15 |" in text
     assert "conv3d in x: no rule / none" in text
-    assert (
-        "2 networks of 2 families: 0 need no policy, 1 pass with the policy stated, 1 refused: conv3d."
-        in text
-    )
+    assert "2 networks of 2 families: 0 need no policy, 1 pass with the policy stated, 1 refused: conv3d." in text
     path = tmp_path / "rows.jsonl"
-    assert (
-        main(["--names", "squeezenet_v1_1", "--rows", str(path), "--markdown", str(tmp_path / "zoo.md")]) == 0
-    )
+    assert main(["--names", "squeezenet_v1_1", "--rows", str(path), "--markdown", str(tmp_path / "zoo.md")]) == 0
     assert "squeezenet_v1_1" in (tmp_path / "zoo.md").read_text()
     assert len(path.read_text().splitlines()) == 1
     capsys.readouterr()

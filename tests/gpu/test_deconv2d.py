@@ -27,9 +27,7 @@ CASES = {  # c_in, c_out, size, kernel, stride, padding, dilation, groups, pool,
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
-def build(
-    name: str, dtype: torch.dtype
-) -> tuple[dict[str, object], tuple[Tensor, Tensor], dict[str, object]]:
+def build(name: str, dtype: torch.dtype) -> tuple[dict[str, object], tuple[Tensor, Tensor], dict[str, object]]:
     """(arguments of the reference, (y, weight), keyword arguments of the operation)."""
     c_in, c_out, size, k, s, p, d, groups, pool, windowed = CASES[name]
     generator = torch.Generator().manual_seed(0)

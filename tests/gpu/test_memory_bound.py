@@ -65,9 +65,7 @@ def test_nan_and_infinities(dtype: torch.dtype, layout: torch.memory_format) -> 
         for relu in (False, True):
             wanted, taps = pool_reference.max_pool2d_with_switches(x, *window, False, relu)
             with ops.use_backend("compiled"):
-                got = ops.max_pool2d_with_switches(
-                    x.cuda().contiguous(memory_format=layout), *window, relu=relu
-                )
+                got = ops.max_pool2d_with_switches(x.cuda().contiguous(memory_format=layout), *window, relu=relu)
             torch.testing.assert_close(got.pooled.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
             assert torch.equal(got.switches.cpu(), taps)
 
@@ -78,9 +76,7 @@ def test_unpool_of_windows(dtype: torch.dtype, layout: torch.memory_format) -> N
     for kernel, size in ((2, (8, 8)), (3, (7, 9)), (2, (5, 6))):
         window = ((kernel, kernel), (2, 2), (0, 0), (1, 1))
         pooled = noise((4, 16, *size), dtype)
-        switches = (
-            (noise(tuple(pooled.shape), torch.float32, 1).abs() * 3).clamp(max=kernel**2 - 1).to(torch.uint8)
-        )
+        switches = (noise(tuple(pooled.shape), torch.float32, 1).abs() * 3).clamp(max=kernel**2 - 1).to(torch.uint8)
         origin = torch.tensor([[-1, 2], [0, 0], [3, -2], [1, 1]], dtype=torch.int32)
         wanted = unpool_reference.max_unpool2d(pooled, switches, *window, (14, 14), True, origin)
         with ops.use_backend("compiled"):
@@ -94,9 +90,7 @@ def test_unpool_of_windows(dtype: torch.dtype, layout: torch.memory_format) -> N
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "shape", [(2, 64, 112, 112), (1, 3, 333, 257), (40, 72, 13, 13), (2, 1, 1, 1)], ids=str
-)
+@pytest.mark.parametrize("shape", [(2, 64, 112, 112), (1, 3, 333, 257), (40, 72, 13, 13), (2, 1, 1, 1)], ids=str)
 def test_peaks(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format) -> None:
     x = noise(shape, dtype)
     x[0, 0].view(-1)[shape[2] * shape[3] // 2 :: 3] = float("nan")
@@ -119,9 +113,7 @@ def test_other_stream_and_views() -> None:
     with torch.cuda.stream(stream), ops.use_backend("compiled"):
         got = ops.max_pool2d_with_switches(view, 2, relu=True)
     torch.cuda.current_stream().wait_stream(stream)
-    wanted, taps = pool_reference.max_pool2d_with_switches(
-        view.cpu(), (2, 2), (2, 2), (0, 0), (1, 1), False, True
-    )
+    wanted, taps = pool_reference.max_pool2d_with_switches(view.cpu(), (2, 2), (2, 2), (0, 0), (1, 1), False, True)
     assert torch.equal(got.pooled.cpu(), wanted)
     assert torch.equal(got.switches.cpu(), taps)
 
@@ -157,6 +149,4 @@ def test_more_than_2_31_elements(layout: torch.memory_format) -> None:
         assert torch.equal(switches[-1:], small.switches)
         del x
         back = ops.max_unpool2d(pooled, switches, 2, output_size=shape[2:])
-        assert torch.equal(
-            back[-1:], ops.max_unpool2d(small.pooled, small.switches, 2, output_size=shape[2:])
-        )
+        assert torch.equal(back[-1:], ops.max_unpool2d(small.pooled, small.switches, 2, output_size=shape[2:]))

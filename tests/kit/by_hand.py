@@ -22,9 +22,7 @@ class Record:
     """What the forward pass leaves for the way down."""
 
     inputs: list[Tensor] = field(default_factory=list)
-    switches: dict[int, Tensor] = field(
-        default_factory=dict
-    )  # flat index into the map, as max_pool2d gives it
+    switches: dict[int, Tensor] = field(default_factory=dict)  # flat index into the map, as max_pool2d gives it
 
 
 def forward(layers: nn.Sequential, image: Tensor) -> tuple[Tensor, Record]:
@@ -60,9 +58,7 @@ def deconvnet(
     assert mistake is None or mistake in MISTAKES
     out, record = forward(layers, image)
     switches = (
-        forward(layers, other)[1].switches
-        if mistake == "switches of another image" and other is not None
-        else record.switches
+        forward(layers, other)[1].switches if mistake == "switches of another image" and other is not None else record.switches
     )
     y = torch.zeros_like(out)
     y[0][unit] = out[0][unit].clamp(min=0)
@@ -85,16 +81,13 @@ def deconvnet(
 
 def _filter(conv: nn.Conv2d, y: Tensor, x: Tensor, mistake: str | None) -> Tensor:
     remainder = [
-        (x.shape[2 + a] + 2 * int(conv.padding[a]) - conv.dilation[a] * (conv.kernel_size[a] - 1) - 1)
-        % conv.stride[a]
+        (x.shape[2 + a] + 2 * int(conv.padding[a]) - conv.dilation[a] * (conv.kernel_size[a] - 1) - 1) % conv.stride[a]
         for a in (0, 1)
     ]
     if mistake == "forward biases":
         assert conv.bias is not None
         y = y + conv.bias[:, None, None]
-    down = F.conv_transpose2d(
-        y, conv.weight, None, conv.stride, conv.padding, remainder, conv.groups, conv.dilation
-    )  # type: ignore[arg-type]
+    down = F.conv_transpose2d(y, conv.weight, None, conv.stride, conv.padding, remainder, conv.groups, conv.dilation)  # type: ignore[arg-type]
     if mistake == "random biases":
         down = down + 0.1 * torch.randn(down.shape[1], 1, 1, dtype=down.dtype)
     return down
@@ -104,9 +97,7 @@ def _unpool(pool: nn.MaxPool2d, y: Tensor, x: Tensor, switches: Tensor, mistake:
     if mistake == "replicated unpooling":
         return F.interpolate(y, size=x.shape[2:])
     if mistake == "last tie":
-        mirrored = F.max_pool2d(x.flip(2, 3), pool.kernel_size, pool.stride, return_indices=True)[1].flip(
-            2, 3
-        )
+        mirrored = F.max_pool2d(x.flip(2, 3), pool.kernel_size, pool.stride, return_indices=True)[1].flip(2, 3)
         switches = x.shape[2] * x.shape[3] - 1 - mirrored
     down = torch.zeros_like(x).flatten(2)
     if mistake == "overwriting unpooling":

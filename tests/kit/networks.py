@@ -27,11 +27,7 @@ class BasicBlock(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out)
         self.conv2, self.bn2 = nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out)
         self.relu = nn.ReLU(inplace=True)
-        self.down = (
-            nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
-            if stride > 1
-            else None
-        )
+        self.down = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out)) if stride > 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
@@ -168,9 +164,7 @@ def make(kind: str, seed: int = 0) -> nn.Module:
     return model.double().eval()
 
 
-def live_units(
-    model: nn.Module, images: Tensor, layer: str = "last", count: int = 8
-) -> list[tuple[int, int, int, int]]:
+def live_units(model: nn.Module, images: Tensor, layer: str = "last", count: int = 8) -> list[tuple[int, int, int, int]]:
     """Units (image, channel, y, x) with positive activity: corners, borders and inside."""
     captured: list[Tensor] = []
     handle = model.get_submodule(layer).register_forward_hook(lambda m, i, o: captured.append(o.clone()))

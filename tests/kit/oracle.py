@@ -73,9 +73,7 @@ class DeconvnetMode(TorchFunctionMode):
         super().__init__()
         self.policy = policy or {}
         self.squashed: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensors that a bounded function produced
-        self.history: WeakIdKeyDictionary = (
-            WeakIdKeyDictionary()
-        )  # tensor -> (where it came from, by which functions)
+        self.history: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> (where it came from, by which functions)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -96,9 +94,7 @@ class DeconvnetMode(TorchFunctionMode):
             return _Normalise.apply(args[0], *({**defaults, **bound}[n] for n in order))
         if name in ("instance_norm", "group_norm") and self.policy.get(name) == "hold":
             return _hold_statistics(func, *args, **kwargs)
-        if name in ("mul", "imul", "rmul") and all(
-            isinstance(a, Tensor) and a.requires_grad for a in args[:2]
-        ):
+        if name in ("mul", "imul", "rmul") and all(isinstance(a, Tensor) and a.requires_grad for a in args[:2]):
             return self._product(args[0], args[1])
         return self._remember(name, func, args, kwargs, inplace)
 
@@ -110,21 +106,10 @@ class DeconvnetMode(TorchFunctionMode):
         ):
             name = "relu6"
         source = self.history.get(x, (x, ())) if isinstance(x, Tensor) else (None, ())
-        if (
-            isinstance(x, Tensor)
-            and name in ELEMENTWISE
-            and name != "softmax"
-            and self.policy.get(name) == "clamp"
-        ):
+        if isinstance(x, Tensor) and name in ELEMENTWISE and name != "softmax" and self.policy.get(name) == "clamp":
             rest = {k: v for k, v in kwargs.items() if k not in ("input", "inplace")}
             pure = getattr(torch, name, None) or getattr(F, name)
-            extra = (
-                args[1:3]
-                if name == "hardtanh"
-                else args[1:2]
-                if name in ("prelu", "leaky_relu", "elu")
-                else ()
-            )
+            extra = args[1:3] if name == "hardtanh" else args[1:2] if name in ("prelu", "leaky_relu", "elu") else ()
             if name == "relu6":
                 pure, rest = F.relu6, {}
             result = Rectified.apply(x, lambda t: pure(t, *extra, **rest), inplace)
@@ -148,11 +133,7 @@ class DeconvnetMode(TorchFunctionMode):
         root, functions = self.history.get(right, (None, ()))
         if root is left and functions in SELF_GATED:
             rule = self.policy.get(SELF_GATED[functions])
-            return (
-                Rectified.apply(left, lambda t: t * _again(functions)(t), False)
-                if rule == "clamp"
-                else left * right
-            )
+            return Rectified.apply(left, lambda t: t * _again(functions)(t), False) if rule == "clamp" else left * right
         if left.numel() < right.numel() or (left.numel() == right.numel() and left in self.squashed):
             left, right = right, left
         return left * right.detach() if self.policy.get("gate") == "hold" else left * right
@@ -165,9 +146,7 @@ def _hold_statistics(norm: Callable[..., Tensor], x: Tensor, *args: Any, **kwarg
     with torch.no_grad():
         y = norm(x, *args, **kwargs)
         middle_x, middle_y = x.mean((2, 3), keepdim=True), y.mean((2, 3), keepdim=True)
-        scale = ((y - middle_y) * (x - middle_x)).sum((2, 3), keepdim=True) / (x - middle_x).square().sum(
-            (2, 3), keepdim=True
-        )
+        scale = ((y - middle_y) * (x - middle_x)).sum((2, 3), keepdim=True) / (x - middle_x).square().sum((2, 3), keepdim=True)
         shift = middle_y - scale * middle_x
     return x * scale + shift
 

@@ -66,9 +66,7 @@ def map_values(shape: tuple[int, ...], dtype: torch.dtype, seed: int, *, special
         kind = torch.randint(0, 12, shape, generator=generator)
         for number, value in ((0, math.nan), (1, -math.inf), (2, math.inf), (3, -0.0)):
             x[kind == number] = value
-        x[..., : shape[-1] // 2] = torch.where(
-            kind[..., : shape[-1] // 2] > 1, -math.inf, x[..., : shape[-1] // 2]
-        )
+        x[..., : shape[-1] // 2] = torch.where(kind[..., : shape[-1] // 2] > 1, -math.inf, x[..., : shape[-1] // 2])
     return x
 
 

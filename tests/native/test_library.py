@@ -41,9 +41,7 @@ def tool(name: str) -> str:
 
 @pytest.mark.parametrize("name", core.isa()["available"])
 def test_environment_forces_an_instruction_set(name: str) -> None:
-    done = run(
-        sys.executable, "-c", "from conelens import _core; print(_core.isa()['active'])", CONELENS_ISA=name
-    )
+    done = run(sys.executable, "-c", "from conelens import _core; print(_core.isa()['active'])", CONELENS_ISA=name)
     assert done.stdout.strip() == name, done.stderr
 
 
@@ -61,9 +59,7 @@ def test_same_bits_on_every_instruction_set() -> None:
     for name in core.isa()["available"]:
         core.select_isa(name)
         pooled, switches = ops.max_pool2d_with_switches(x, 3, 2, relu=True)
-        results.append(
-            (pooled, switches, ops.max_unpool2d(pooled - 0.7, switches, 3, 2, output_size=(23, 37)))
-        )
+        results.append((pooled, switches, ops.max_unpool2d(pooled - 0.7, switches, 3, 2, output_size=(23, 37))))
     core.select_isa(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -78,17 +74,13 @@ def test_vectors_are_used() -> None:
     for kernel in ("pool_row<float, 2, 2>", "pool_row<float, 2, 3>", "stride2_row<float, 2, false>"):
         bodies = [body for name, _, body in functions if "avx512" in name and kernel in name]
         assert bodies, f"{kernel} is not in the library"
-        assert any("vpermt2ps" in body and "zmm" in body for body in bodies), (
-            f"{kernel} has no vector shuffles"
-        )
+        assert any("vpermt2ps" in body and "zmm" in body for body in bodies), f"{kernel} has no vector shuffles"
 
 
 # --- symbols --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "source", sorted(ROOT.glob("kernels/*/cpu*.cpp")), ids=lambda path: f"{path.parent.name}/{path.name}"
-)
+@pytest.mark.parametrize("source", sorted(ROOT.glob("kernels/*/cpu*.cpp")), ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_isa_objects_share_no_inline_functions(source: Path, tmp_path: Path) -> None:
     """A weak symbol in an AVX-512 object could become everyone's copy and crash older machines. -O0 inlines nothing."""
     includes = [f"-I{folder}" for folder in (ROOT / "csrc", ROOT / "kernels", source.parent)]
@@ -98,11 +90,7 @@ def test_isa_objects_share_no_inline_functions(source: Path, tmp_path: Path) -> 
     lines = run(tool("nm"), "-C", tmp_path / "kernel.o").stdout.splitlines()
     assert any(" T conelens::cpu::avx2::" in line for line in lines)
     # an exception table's personality is data that all objects share on purpose
-    shared = [
-        line
-        for line in lines
-        if any(kind in line for kind in (" W ", " V ", " u ")) and "DW.ref." not in line
-    ]
+    shared = [line for line in lines if any(kind in line for kind in (" W ", " V ", " u ")) and "DW.ref." not in line]
     assert shared == []
 
 
@@ -111,8 +99,7 @@ def test_only_the_interface_is_exported() -> None:
     names = [line.split(" ", 2)[2] for line in text.splitlines() if " T " in line]
     assert "conelens_max_unpool2d_cpu" in names
     assert all(
-        name.startswith(("conelens_", "conelens::isa", "conelens::active_isa", "conelens::select_isa"))
-        for name in names
+        name.startswith(("conelens_", "conelens::isa", "conelens::active_isa", "conelens::select_isa")) for name in names
     )
 
 
@@ -200,7 +187,5 @@ int main(void) {
     assert done.returncode == 0, done.stderr
     x = torch.tensor([float(i % 5) for i in range(16)]).reshape(1, 1, 4, 4)
     pooled, switches = ops.max_pool2d_with_switches(x, 2)
-    expected = [
-        f"{v:g}:{s}" for v, s in zip(pooled.flatten().tolist(), switches.flatten().tolist(), strict=True)
-    ]
+    expected = [f"{v:g}:{s}" for v, s in zip(pooled.flatten().tolist(), switches.flatten().tolist(), strict=True)]
     assert done.stdout.split() == expected

@@ -48,10 +48,7 @@ def random_case(random: Random, overlapping: bool = False) -> Case:
         case["map_size"] = two(1, 16)
     if overlapping or random.random() < 0.4:
         taps, spread = two(2, 3) if overlapping else two(1, 3), two(1, 2)
-        step = tuple(
-            1 if overlapping else d * (k - 1) + 1 + random.randint(0, 1)
-            for k, d in zip(taps, spread, strict=True)
-        )
+        step = tuple(1 if overlapping else d * (k - 1) + 1 + random.randint(0, 1) for k, d in zip(taps, spread, strict=True))
         reach = [(c - 1) * s + d * (k - 1) + 1 for c, s, d, k in zip(size, step, spread, taps, strict=True)]
         case["pool"] = (taps, step, (0, 0), spread)
         case["switches"] = torch.randint(0, taps[0] * taps[1], (n, ci, *size), dtype=torch.uint8)
@@ -188,9 +185,7 @@ def test_window_equals_the_cut_of_the_whole_map() -> None:
     y[:, :, 4:7, 5:9] = torch.randn(1, 32, 3, 4)
     whole = ops.deconv2d(y, weight, 2, 1, output_size=(24, 24), relu=True)
     origin = torch.tensor([[4, 5]])
-    cut = ops.deconv2d(
-        y[:, :, 4:7, 5:9], weight, 2, 1, output_size=(24, 24), map_size=(12, 12), relu=True, origin=origin
-    )
+    cut = ops.deconv2d(y[:, :, 4:7, 5:9], weight, 2, 1, output_size=(24, 24), map_size=(12, 12), relu=True, origin=origin)
     assert cut.shape == (1, 8, 7, 9)
     assert relative(cut, whole[:, :, 7:14, 9:18]) < 1e-6
     assert not torch.cat([whole[:, :, :7].flatten(), whole[:, :, 14:].flatten()]).any()
@@ -312,9 +307,7 @@ def test_compiles_as_one_graph() -> None:
     switches = torch.randint(0, 4, y.shape, dtype=torch.uint8)
 
     def step(y: Tensor) -> Tensor:
-        return ops.deconv2d(
-            y * 2, weight, 1, 1, pool=(2, 2, 0, 1), switches=switches, output_size=(8, 8), relu=True
-        )
+        return ops.deconv2d(y * 2, weight, 1, 1, pool=(2, 2, 0, 1), switches=switches, output_size=(8, 8), relu=True)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     out = compiled(y)

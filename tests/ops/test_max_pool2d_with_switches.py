@@ -166,9 +166,7 @@ def test_out_in_another_layout_is_still_right() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck(layout: torch.memory_format) -> None:
-    for dtype, relu, window in itertools.product(
-        (torch.float32, torch.float64), (False, True), (WINDOWS[0], WINDOWS[8])
-    ):
+    for dtype, relu, window in itertools.product((torch.float32, torch.float64), (False, True), (WINDOWS[0], WINDOWS[8])):
         x = torch.randn(2, 3, 11, 13, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
         args = (x, *window.geometry, window.ceil_mode, relu)
         torch.library.opcheck(torch.ops.conelens.max_pool2d_with_switches.default, args)

@@ -65,12 +65,8 @@ def test_equals_plain_loop(window: Window, backend: str, isa: str) -> None:
 @pytest.mark.parametrize("backend", ["compiled", "reference"])
 def test_windows_of_a_larger_map(window: Window, backend: str, isa: str) -> None:
     for number, (layout, index) in enumerate(itertools.product(LAYOUTS, (torch.int32, torch.int64))):
-        pooled = map_values((4, 3, 3, 6 + number), torch.float32, seed=number).contiguous(
-            memory_format=layout
-        )
-        switches = random_switches(tuple(pooled.shape), window, None, seed=number).contiguous(
-            memory_format=layout
-        )
+        pooled = map_values((4, 3, 3, 6 + number), torch.float32, seed=number).contiguous(memory_format=layout)
+        switches = random_switches(tuple(pooled.shape), window, None, seed=number).contiguous(memory_format=layout)
         origin = torch.tensor([[0, 0], [-2, 1], [3, -1], [40, 2]], dtype=index)
         with ops.use_backend(backend):
             result = unpool(pooled, switches, window, (9, 11), origin=origin, relu=number % 2 == 1)
@@ -170,9 +166,7 @@ def test_empty_batch(shape: tuple[int, ...], backend: str, windowed: bool) -> No
 def test_other_strides() -> None:
     window, size = WINDOWS[2], (13, 13)
     pooled = map_values((2, 4, 6, 12), torch.float32, seed=4)[..., ::2]
-    switches = (
-        random_switches((2, 4, 6, 6), window, size, seed=5).transpose(0, 1).contiguous().transpose(0, 1)
-    )
+    switches = random_switches((2, 4, 6, 6), window, size, seed=5).transpose(0, 1).contiguous().transpose(0, 1)
     expected = unpool_oracle(pooled, switches, window, size, relu=False)
     assert_same(unpool(pooled, switches, window, size), expected)
     last = switches.contiguous(memory_format=torch.channels_last)
@@ -220,9 +214,7 @@ def test_an_invalid_switch_is_named(
     with ops.use_backend(backend):
         unpool(pooled, switches, window, size)
         switches[place] = value
-        with pytest.raises(
-            ArgumentError, match=rf"switches\[{', '.join(map(str, place))}\] is {value}, which points"
-        ):
+        with pytest.raises(ArgumentError, match=rf"switches\[{', '.join(map(str, place))}\] is {value}, which points"):
             unpool(pooled, switches, window, size)
 
 
@@ -283,9 +275,7 @@ def test_adjoint_equals_reference(dtype: torch.dtype, layout: torch.memory_forma
         results = []
         for backend in ("compiled", "reference"):
             with ops.use_backend(backend):
-                pooled = (
-                    torch.zeros(2, 5, 4, 9, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
-                )
+                pooled = torch.zeros(2, 5, 4, 9, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
                 out = unpool(pooled, switches, window, (12, 15), origin=origin)
                 direction = map_values(tuple(out.shape), dtype, seed=11)
                 results.append(torch.autograd.grad(out, pooled, direction)[0])

@@ -85,8 +85,7 @@ def run_both(case: Case, c_out: int, dtype: torch.dtype, channels_last: bool) ->
         origin = torch.tensor([[-2, 1], [1, -1]], dtype=torch.int32)
         map_size = (map_size[0] - 1, map_size[1] + 1)
     out_h, out_w = (
-        (map_size[a] - 1) * stride[a] - 2 * padding[a] + dilation[a] * (kernel[a] - 1) + 1 + case.extra[a]
-        for a in (0, 1)
+        (map_size[a] - 1) * stride[a] - 2 * padding[a] + dilation[a] * (kernel[a] - 1) + 1 + case.extra[a] for a in (0, 1)
     )
     window = (stride, padding, case.groups, dilation, (out_h, out_w), map_size)
     wide = torch.float64 if dtype == torch.float32 else dtype

@@ -22,15 +22,11 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(help="squeezenet1_1, vgg16, alexnet, or package.module:factory.")]
-Weights = Annotated[
-    Path | None, typer.Option(help="safetensors file or state dict; pickles with code are refused.")
-]
+Weights = Annotated[Path | None, typer.Option(help="safetensors file or state dict; pickles with code are refused.")]
 InputSize = Annotated[str | None, typer.Option(help="Network input, N or HxW. Default 224.")]
 Mean = Annotated[str | None, typer.Option(help="Subtracted per channel after --scale: one number or R,G,B.")]
 Std = Annotated[str | None, typer.Option(help="Divided by, per channel: one number or R,G,B.")]
-Scale = Annotated[
-    float | None, typer.Option(help="Pixels 0..255 are multiplied by this first, e.g. 0.00392157.")
-]
+Scale = Annotated[float | None, typer.Option(help="Pixels 0..255 are multiplied by this first, e.g. 0.00392157.")]
 Fit = Annotated[str | None, typer.Option(help="crop (default), letterbox or stretch.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda[:index].")]
 
@@ -43,9 +39,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _top_level(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     pass
 
@@ -75,9 +69,7 @@ def project(
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     layer: Annotated[str, typer.Option(help="Layer name or alias (see `conelens layers`).")],
     channel: Annotated[int, typer.Option(help="Channel of the layer.")],
-    position: Annotated[
-        str | None, typer.Option(help="y,x on the layer's map. Default: the channel's peak.")
-    ] = None,
+    position: Annotated[str | None, typer.Option(help="y,x on the layer's map. Default: the channel's peak.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("conelens_project"),
     weights: Weights = None,
     input_size: InputSize = None,
@@ -108,19 +100,13 @@ def top(
     model: Model,
     folder: Annotated[Path, typer.Argument(help="Folder of images, searched deeply.")],
     layers: Annotated[str, typer.Option(help="Layer names, with commas.")],
-    channels: Annotated[
-        str | None, typer.Option(help="Such as 3,17,20-25, or all. Default: 8 spread evenly.")
-    ] = None,
+    channels: Annotated[str | None, typer.Option(help="Such as 3,17,20-25, or all. Default: 8 spread evenly.")] = None,
     k: Annotated[int, typer.Option("-k", help="Winners per channel.")] = 9,
     out: Annotated[Path, typer.Option(help="Folder for report, pictures and table.")] = Path("conelens_top"),
     distinct: Annotated[str, typer.Option(help="image: one winner per image; none: any place.")] = "image",
-    tiles: Annotated[
-        str | None, typer.Option(help="Cut images into squares at these scales, e.g. 1.0,0.5.")
-    ] = None,
+    tiles: Annotated[str | None, typer.Option(help="Cut images into squares at these scales, e.g. 1.0,0.5.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images per forward pass.")] = 16,
-    resume: Annotated[
-        Path | None, typer.Option(help="Go on from the table that an interrupted run left.")
-    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on from the table that an interrupted run left.")] = None,
     weights: Weights = None,
     input_size: InputSize = None,
     mean: Mean = None,

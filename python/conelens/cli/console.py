@@ -121,9 +121,7 @@ def channels(text: str | None, count: int, layer: str, default: int = 8) -> list
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
-            raise ArgumentError(
-                f"--channels has {part.strip()!r}, wanted numbers and ranges such as 3,17,20-25, or all"
-            )
+            raise ArgumentError(f"--channels has {part.strip()!r}, wanted numbers and ranges such as 3,17,20-25, or all")
         chosen += range(int(first), int(last or first) + 1)
     wrong = [c for c in chosen if c >= count]
     if wrong:

@@ -68,8 +68,7 @@ def open_model(
         changes["fit"] = fit
     if fit == "none":
         raise ArgumentError(
-            "--fit none keeps each image's own size, which one network input cannot; wanted crop, "
-            "letterbox, stretch"
+            "--fit none keeps each image's own size, which one network input cannot; wanted crop, letterbox, stretch"
         )
     recipe = dataclasses.replace(model.preprocess, **changes)  # type: ignore[arg-type]
     return open_workbench(dataclasses.replace(model, preprocess=recipe), device)
@@ -116,9 +115,7 @@ def project_images(
     if not 0 <= channel < about.shape[0]:
         raise ArgumentError(f"channel {channel} of {layer} is out of range, wanted 0..{about.shape[0] - 1}")
     if not isinstance(position, str) and not (position[0] < about.shape[1] and position[1] < about.shape[2]):
-        raise ArgumentError(
-            f"position {position} is outside the {about.shape[1]} x {about.shape[2]} map of {layer}"
-        )
+        raise ArgumentError(f"position {position} is outside the {about.shape[1]} x {about.shape[2]} map of {layer}")
     names: list[str] = []
     frames: list[np.ndarray] = []
     for path in paths:
@@ -203,9 +200,7 @@ class TopJob:
         """One pass over the folder; Ctrl-C leaves what is done in `out/peaks.safetensors`."""
         before = None if resume is None else PeakTable.load(resume)
         if before is not None and before.seen > len(self.dataset):
-            raise ArgumentError(
-                f"--resume: that table has seen {before.seen} images, the folder holds {len(self.dataset)}"
-            )
+            raise ArgumentError(f"--resume: that table has seen {before.seen} images, the folder holds {len(self.dataset)}")
         with console.progress("images") as report:
             try:
                 table = top_peaks(
@@ -221,8 +216,7 @@ class TopJob:
             except Interrupted as stop:
                 kept = self._keep(stop.table, out)
                 raise KeyboardInterrupt(
-                    f"{stop.table.seen} of {len(self.dataset)} images are kept in {kept}; go on with "
-                    f"--resume {kept}"
+                    f"{stop.table.seen} of {len(self.dataset)} images are kept in {kept}; go on with --resume {kept}"
                 ) from None
         self._keep(table, out)
         return table

@@ -62,9 +62,7 @@ BUILT_IN: dict[str, BuiltIn] = {
 }
 
 
-def load_model(
-    name: str, weights: str | Path | None = None, preprocess: Preprocess | None = None
-) -> LoadedModel:
+def load_model(name: str, weights: str | Path | None = None, preprocess: Preprocess | None = None) -> LoadedModel:
     """Build a model by name, fill it, and return it in evaluation mode on the CPU.
 
     Args:
@@ -97,9 +95,7 @@ def load_model(
     else:
         close = difflib.get_close_matches(name, BUILT_IN, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise ArgumentError(
-            f"unknown model {name!r}: wanted {', '.join(BUILT_IN)} or package.module:factory{hint}"
-        )
+        raise ArgumentError(f"unknown model {name!r}: wanted {', '.join(BUILT_IN)} or package.module:factory{hint}")
     chosen = weights if weights is not None else file
     if chosen is not None:
         load_weights(module, chosen)
@@ -118,9 +114,7 @@ def _from_factory(name: str) -> nn.Module:
     except AttributeError as error:
         raise ArgumentError(f"module {module_name!r} has no {attribute!r} (model {name!r})") from error
     if not callable(factory):
-        raise ArgumentError(
-            f"{name!r} is {type(factory).__name__}, wanted a callable that returns an nn.Module"
-        )
+        raise ArgumentError(f"{name!r} is {type(factory).__name__}, wanted a callable that returns an nn.Module")
     try:
         module = factory()
     except TypeError as error:

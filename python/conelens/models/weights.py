@@ -56,9 +56,7 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     missing = [n for n in wanted if n not in found and not n.endswith("num_batches_tracked")]
     unknown = [n for n in found if n not in wanted]
     if missing or unknown:
-        raise CheckpointError(
-            f"{path} does not fit {type(model).__name__}: {_name_trouble(missing, unknown)}"
-        )
+        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {_name_trouble(missing, unknown)}")
     for name, value in found.items():
         if value.shape != wanted[name].shape:
             raise CheckpointError(

@@ -25,9 +25,7 @@ class ChannelPeaks(NamedTuple):
 
 
 @arguments.takes_arrays
-def channel_peaks(
-    x: Tensor, *, reduce: str = "max", out: tuple[Tensor, Tensor] | None = None
-) -> ChannelPeaks:
+def channel_peaks(x: Tensor, *, reduce: str = "max", out: tuple[Tensor, Tensor] | None = None) -> ChannelPeaks:
     """Per channel of x [N,C,H,W]: the maximum (or "sum" or "mean") and the position of the first maximum.
 
     As in ``torch.max`` a NaN counts as the maximum; the first NaN wins. Sums accumulate in float32 (float64
@@ -58,9 +56,7 @@ def _fake(x: Tensor, reduce: str) -> tuple[Tensor, Tensor]:
     return _outputs(x)
 
 
-def _compiled(
-    native: Native, x: Tensor, reduce: str, out: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
+def _compiled(native: Native, x: Tensor, reduce: str, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     x = arguments.readable(x)
     if out is None or not all(o.is_contiguous() for o in out):
         out = _outputs(x)

@@ -57,14 +57,10 @@ class Winners:
             text = f"{self.peaks[0].value:.4g}"
         else:
             text = f"{self.peaks[0].value:.4g} … {self.peaks[-1].value:.4g}"
-        return UnitPanel(
-            f"{self.layer} · channel {self.channel} · {text}", self.patches, self.projections, note
-        )
+        return UnitPanel(f"{self.layer} · channel {self.channel} · {text}", self.patches, self.projections, note)
 
 
-def pick(
-    table: PeakTable, dataset: PictureDataset, layer: str, channel: int, k: int, per_source: int | None
-) -> list[Peak]:
+def pick(table: PeakTable, dataset: PictureDataset, layer: str, channel: int, k: int, per_source: int | None) -> list[Peak]:
     """The k strongest peaks of a channel, at most `per_source` of them from one source."""
     chosen: list[Peak] = []
     used: dict[Hashable, int] = {}

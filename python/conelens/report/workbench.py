@@ -34,9 +34,7 @@ def open_workbench(model: LoadedModel, device: str = "cpu") -> Workbench:
     if target.type not in ("cpu", "cuda"):
         raise ArgumentError(f"device is {device!r}, wanted cpu or cuda[:index]")
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
-        raise ArgumentError(
-            f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices"
-        )
+        raise ArgumentError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     net = trace(model.module.to(target), (3, *model.preprocess.size), names=model.layer_names)
     return Workbench(model, net)
 

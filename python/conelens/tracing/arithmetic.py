@@ -125,13 +125,9 @@ def _gate(rec: Recorder, out: Tensor, left: Node, right: Node) -> Result:
     if cells[0] < cells[1] or (cells[0] == cells[1] and bounded == [True, False]):
         left, right = right, left
     if any(small not in (1, large) for small, large in zip(right.shape, left.shape, strict=True)):
-        raise UnsupportedOperatorError(
-            f"{rec.here}: gate of shape {right.shape} does not fit the map {left.shape}"
-        )
+        raise UnsupportedOperatorError(f"{rec.here}: gate of shape {right.shape} does not fit the map {left.shape}")
     spatial = (right.size[0] == left.size[0], right.size[1] == left.size[1])
-    return emit_pointwise(
-        rec, out, Gate(spatial, rec.rule_for("gate")) if clear else Product(spatial, None), left, right
-    )
+    return emit_pointwise(rec, out, Gate(spatial, rec.rule_for("gate")) if clear else Product(spatial, None), left, right)
 
 
 def _affine(rec: Recorder, out: Tensor, x: Tensor, factor: Any = None, shift: Any = None) -> Result:
@@ -152,14 +148,8 @@ def _constant_affine(rec: Recorder, x: Tensor, channels: int, factor: Any, shift
         if t.numel() and bool((t == t.reshape(-1)[0]).all()):
             t = t.reshape(-1)[0]
         shape = (1,) * (x.ndim - t.ndim) + tuple(t.shape)
-        if (
-            t.ndim > x.ndim
-            or any(s != 1 for i, s in enumerate(shape) if i != 1)
-            or shape[1] not in (1, channels)
-        ):
-            raise UnsupportedOperatorError(
-                f"{rec.here}: a constant of shape {tuple(t.shape)} is no per-channel constant"
-            )
+        if t.ndim > x.ndim or any(s != 1 for i, s in enumerate(shape) if i != 1) or shape[1] not in (1, channels):
+            raise UnsupportedOperatorError(f"{rec.here}: a constant of shape {tuple(t.shape)} is no per-channel constant")
         return t.reshape(-1).expand(channels).contiguous()
 
     return Affine(vector(factor), vector(shift))

@@ -29,19 +29,12 @@ def move(rec: Recorder, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> Resul
     meaning = rec.meaning(x)
     assert meaning is not None
     if meaning.layout == "positive":
-        raise UnsupportedOperatorError(
-            f"{rec.here}: a mask x > 0 may only multiply x or choose in torch.where"
-        )
+        raise UnsupportedOperatorError(f"{rec.here}: a mask x > 0 may only multiply x or choose in torch.where")
     node = rec.graph[meaning.node]
     cells = node.shape[0] * node.size[0] * node.size[1]
-    numbers = (
-        rec.cells_of(meaning, tuple(x.shape[1:]))[None]
-        + torch.arange(rec.batch).reshape(-1, *[1] * (x.ndim - 1)) * cells
-    )
+    numbers = rec.cells_of(meaning, tuple(x.shape[1:]))[None] + torch.arange(rec.batch).reshape(-1, *[1] * (x.ndim - 1)) * cells
     args, kwargs = rec.without_meaning((args, kwargs))
-    function = (
-        torch.Tensor.reshape if rec.function is torch.Tensor.view else rec.function
-    )  # strides are not tracked
+    function = torch.Tensor.reshape if rec.function is torch.Tensor.view else rec.function  # strides are not tracked
     moved = function(numbers, *args, **kwargs)
     if isinstance(out, Tensor):
         return _place(rec, node, moved, cells)
@@ -75,9 +68,7 @@ def arrange(rec: Recorder, node: Node, index: Tensor) -> Node | Meaning:
     if index.ndim == 3:
         channel, row, column = index // (height * width), index // width % height, index % width
         separable = (
-            (channel == channel[:, :1, :1]).all()
-            and (row == row[:1, :, :1]).all()
-            and (column == column[:1, :1, :]).all()
+            (channel == channel[:, :1, :1]).all() and (row == row[:1, :, :1]).all() and (column == column[:1, :1, :]).all()
         )
         if separable:
             picked = _cells(rec, rec.select(node, channel[:, 0, 0]), row[0, :, 0], column[0, 0, :])
@@ -102,9 +93,7 @@ def emit_like(rec: Recorder, out: Tensor, op: Operator, *inputs: Node) -> Node:
     if out.ndim == 2:
         return rec.emit(op, inputs, (out.shape[1], 1, 1), vector=True)
     if out.ndim != 4:
-        raise UnsupportedOperatorError(
-            f"{rec.here}: gives shape {tuple(out.shape)}, wanted [N, C, H, W] or [N, F]"
-        )
+        raise UnsupportedOperatorError(f"{rec.here}: gives shape {tuple(out.shape)}, wanted [N, C, H, W] or [N, F]")
     return rec.emit(op, inputs, (out.shape[1], out.shape[2], out.shape[3]))
 
 
@@ -125,13 +114,9 @@ def stack(rec: Recorder, out: Tensor, tensors: Sequence[Tensor], dim: int = 0) -
     nodes = [rec.map_of(t, "a stacked tensor") for t in tensors]
     shapes = {tuple(t.shape[1:]) for t in tensors}
     if axis == 0 or len(shapes) != 1:
-        raise UnsupportedOperatorError(
-            f"{rec.here}: only maps of one shape may be stacked, and not along the samples"
-        )
+        raise UnsupportedOperatorError(f"{rec.here}: only maps of one shape may be stacked, and not along the samples")
     joined = _join(rec, nodes)
-    parts = torch.arange(joined.shape[0] * joined.size[0] * joined.size[1]).reshape(
-        len(nodes), *next(iter(shapes))
-    )
+    parts = torch.arange(joined.shape[0] * joined.size[0] * joined.size[1]).reshape(len(nodes), *next(iter(shapes)))
     return arrange(rec, joined, parts.movedim(0, axis - 1))
 
 
@@ -147,9 +132,7 @@ def concatenate(rec: Recorder, out: Tensor, tensors: Sequence[Tensor], dim: int 
     if not any(zeros):
         return joined
     own = iter(range(joined.shape[0]))
-    channels = [
-        -1 if zero else next(own) for t, zero in zip(tensors, zeros, strict=True) for _ in range(t.shape[1])
-    ]
+    channels = [-1 if zero else next(own) for t, zero in zip(tensors, zeros, strict=True) for _ in range(t.shape[1])]
     return rec.select(joined, torch.tensor(channels))
 
 

@@ -39,9 +39,7 @@ def _pair(value: Any) -> Pair:
 
 def _constant(rec: Recorder, tensor: Tensor, what: str) -> None:
     if rec.meaning(tensor) is not None:
-        raise UnsupportedOperatorError(
-            f"{rec.here}: {what} depends on the input (dynamic filters have no rule)"
-        )
+        raise UnsupportedOperatorError(f"{rec.here}: {what} depends on the input (dynamic filters have no rule)")
 
 
 def conv2d(
@@ -65,9 +63,7 @@ def conv2d(
 def linear(rec: Recorder, out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Result:
     node = rec.map_of(input)
     if not node.vector and input.ndim != 2:
-        raise UnsupportedOperatorError(
-            f"{rec.here}: a linear layer needs a vector [N, F], got shape {tuple(input.shape)}"
-        )
+        raise UnsupportedOperatorError(f"{rec.here}: a linear layer needs a vector [N, F], got shape {tuple(input.shape)}")
     _constant(rec, weight, "weight")
     return emit_like(rec, out, Linear(weight.detach(), None if bias is None else bias.detach()), node)
 
@@ -78,9 +74,7 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Result:  # fmt: skip
     if training or running_mean is None or running_var is None:
-        raise UnsupportedOperatorError(
-            f"{rec.here}: batch statistics mix the samples; call model.eval() first"
-        )
+        raise UnsupportedOperatorError(f"{rec.here}: batch statistics mix the samples; call model.eval() first")
     factor = 1 / torch.sqrt(running_var.detach().double() + eps)
     if weight is not None:
         factor = factor * weight.detach().double()
@@ -113,14 +107,10 @@ def group_norm(
 ) -> Result:
     kind, node = rec.here.split(" ", 1)[0], rec.map_of(input)
     weight, bias = (None if t is None else t.detach() for t in (weight, bias))
-    return emit_like(
-        rec, out, GroupNorm(num_groups, weight, bias, eps, node.size, rec.rule_for(kind), kind), node
-    )
+    return emit_like(rec, out, GroupNorm(num_groups, weight, bias, eps, node.size, rec.rule_for(kind), kind), node)
 
 
-def _separable(
-    rec: Recorder, out: Tensor, x: Tensor, kind: str, function: Callable[[Tensor], Tensor], **extra: Any
-) -> Result:
+def _separable(rec: Recorder, out: Tensor, x: Tensor, kind: str, function: Callable[[Tensor], Tensor], **extra: Any) -> Result:
     """Any separable linear map of space, read off two probes: unit rows and unit columns."""
     node = rec.map_of(x)
     height, width = node.size
@@ -128,14 +118,10 @@ def _separable(
     # normalised share.
     ones = function(torch.ones(1, 1, height, width, dtype=torch.float64))
     rows = function(torch.eye(height, dtype=torch.float64)[:, None, :, None].expand(height, 1, height, width))
-    columns = function(
-        torch.eye(width, dtype=torch.float64)[:, None, None, :].expand(width, 1, height, width)
-    )
+    columns = function(torch.eye(width, dtype=torch.float64)[:, None, None, :].expand(width, 1, height, width))
     at_y, at_x = (int(v) for v in torch.nonzero(ones[0, 0] == ones[0, 0].max())[0])
     peak = ones[0, 0, at_y, at_x]
-    op = Spatial(
-        (rows[:, 0, :, at_x] / peak).T.contiguous(), columns[:, 0, at_y, :].T.contiguous(), kind=kind, **extra
-    )
+    op = Spatial((rows[:, 0, :, at_x] / peak).T.contiguous(), columns[:, 0, at_y, :].T.contiguous(), kind=kind, **extra)
     return emit_like(rec, out, op, node)
 
 
@@ -157,15 +143,11 @@ def adaptive_avg_pool2d(rec: Recorder, out: Tensor, input: Tensor, output_size: 
     return _separable(rec, out, input, "avg_pool", partial(F.adaptive_avg_pool2d, output_size=size))
 
 
-def mean(
-    rec: Recorder, out: Tensor, input: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any
-) -> Result:
+def mean(rec: Recorder, out: Tensor, input: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Result:
     return _reduced(rec, out, input, dim, lambda count: 1 / count)
 
 
-def total(
-    rec: Recorder, out: Tensor, input: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any
-) -> Result:
+def total(rec: Recorder, out: Tensor, input: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Result:
     return _reduced(rec, out, input, dim, lambda count: 1.0)
 
 
@@ -173,8 +155,7 @@ def _dimensions(rec: Recorder, x: Tensor, dim: Any) -> list[int]:
     dims = sorted(d % x.ndim for d in ([dim] if isinstance(dim, int) else dim or ()))
     if not dims or dims[0] == 0:
         raise UnsupportedOperatorError(
-            f"{rec.here}: reduces over the samples of a batch (dim={dim}), so that what follows depends on "
-            "the data"
+            f"{rec.here}: reduces over the samples of a batch (dim={dim}), so that what follows depends on the data"
         )
     return dims
 
@@ -193,35 +174,27 @@ def _reduced(rec: Recorder, out: Tensor, x: Tensor, dim: Any, weight: Callable[[
         dims = [2, 3]  # x.view(n, c, -1).mean(2)
     elif found.cells is not None:
         if len(dims) != 1:
-            raise UnsupportedOperatorError(
-                f"{rec.here}: no rule for reducing a view {tuple(x.shape)} over dimensions {dims}"
-            )
+            raise UnsupportedOperatorError(f"{rec.here}: no rule for reducing a view {tuple(x.shape)} over dimensions {dims}")
         parts = [arrange(rec, node, part) for part in found.cells.unbind(dims[0] - 1)]
         if any(isinstance(part, Meaning) and part.layout == "view" for part in parts):
             raise UnsupportedOperatorError(f"{rec.here}: the parts of a sum over dimension {dim} are no maps")
         nodes = [part if isinstance(part, Node) else rec.graph[part.node] for part in parts]
         summed = rec.emit(Add(), nodes, nodes[0].shape)
         factor = torch.full((nodes[0].shape[0],), weight(len(nodes)), dtype=x.dtype, device=x.device)
-        scaled = (
-            summed if weight(len(nodes)) == 1 else rec.emit(Affine(factor, None), (summed,), summed.shape)
-        )
+        scaled = summed if weight(len(nodes)) == 1 else rec.emit(Affine(factor, None), (summed,), summed.shape)
         return arrange(rec, scaled, torch.arange(math.prod(scaled.shape)).reshape(out.shape[1:]))
     if dims == [1] and not node.vector:
         kernel = torch.full((1, channels, 1, 1), weight(channels), dtype=x.dtype, device=x.device)
         made = rec.emit(Conv2d(kernel, None, (1, 1), (0, 0, 0, 0), (1, 1), 1), (node,), (1, height, width))
     elif set(dims) <= {2, 3}:
         rows, columns = (
-            torch.full((1, size), weight(size), dtype=torch.float64)
-            if axis in dims
-            else torch.eye(size, dtype=torch.float64)
+            torch.full((1, size), weight(size), dtype=torch.float64) if axis in dims else torch.eye(size, dtype=torch.float64)
             for axis, size in ((2, height), (3, width))
         )
         shape = (channels, len(rows), len(columns))
         made = rec.emit(Spatial(rows, columns, kind="avg_pool"), (node,), shape)
     else:
-        raise UnsupportedOperatorError(
-            f"{rec.here}: no rule for reducing {tuple(x.shape)} over dimensions {dims}"
-        )
+        raise UnsupportedOperatorError(f"{rec.here}: no rule for reducing {tuple(x.shape)} over dimensions {dims}")
     return arrange(rec, made, torch.arange(math.prod(made.shape)).reshape(out.shape[1:]))
 
 
@@ -274,17 +247,13 @@ def max_pool2d(
     return node if isinstance(out, Tensor) else [node]
 
 
-def adaptive_max_pool2d(
-    rec: Recorder, out: Any, input: Tensor, output_size: Any, return_indices: bool = False
-) -> Result:
+def adaptive_max_pool2d(rec: Recorder, out: Any, input: Tensor, output_size: Any, return_indices: bool = False) -> Result:
     first = out if isinstance(out, Tensor) else out[0]
     node = rec.map_of(input)
     window = []
     for had, gives in zip(node.size, first.shape[2:], strict=True):
         if had % gives:
-            raise UnsupportedOperatorError(
-                f"{rec.here}: {had} cells do not divide into {gives} equal windows"
-            )
+            raise UnsupportedOperatorError(f"{rec.here}: {had} cells do not divide into {gives} equal windows")
         window.append(had // gives)
     kernel = (window[0], window[1])
     made = emit_like(rec, first, MaxPool2d(kernel, kernel, (0, 0), (1, 1), False), node)
@@ -298,13 +267,9 @@ def amax(rec: Recorder, out: Tensor, input: Tensor, dim: Any = (), keepdim: bool
     if dims == [2, 3]:
         made = rec.emit(MaxPool2d(node.size, node.size, (0, 0), (1, 1), False), (node,), (channels, 1, 1))
     elif dims == [1] and not node.vector:
-        made = rec.emit(
-            Opaque("max", partial(torch.amax, dim=1, keepdim=True), "max"), (node,), (1, height, width)
-        )
+        made = rec.emit(Opaque("max", partial(torch.amax, dim=1, keepdim=True), "max"), (node,), (1, height, width))
     else:
-        raise UnsupportedOperatorError(
-            f"{rec.here}: only the maximum over rows and columns has a rule (got dim={dim})"
-        )
+        raise UnsupportedOperatorError(f"{rec.here}: only the maximum over rows and columns has a rule (got dim={dim})")
     return arrange(rec, made, torch.arange(math.prod(made.shape)).reshape(out.shape[1:]))
 
 

@@ -30,9 +30,7 @@ def clamp(rec: Recorder, out: Tensor, input: Tensor, min: Any = None, max: Any =
     return activation(rec, out, input, name, partial(torch.clamp, min=min, max=max))
 
 
-def threshold(
-    rec: Recorder, out: Tensor, input: Tensor, threshold: float, value: float, inplace: bool = False
-) -> Result:
+def threshold(rec: Recorder, out: Tensor, input: Tensor, threshold: float, value: float, inplace: bool = False) -> Result:
     if threshold == 0 and value == 0:
         return relu(rec, out, input)
     return activation(rec, out, input, "threshold", partial(F.threshold, threshold=threshold, value=value))
@@ -57,13 +55,7 @@ def maximum(rec: Recorder, out: Any, input: Tensor, other: Any = None, *args: An
         values = out if isinstance(out, Tensor) else out[0]
         return [amax(rec, values, input, () if dim is None else dim), None]
     x, constant = (input, dim) if rec.meaning(input) is not None else (dim, input)
-    if (
-        isinstance(constant, Tensor)
-        and rec.meaning(constant) is None
-        and not constant.any()
-        and not args
-        and not kwargs
-    ):
+    if isinstance(constant, Tensor) and rec.meaning(constant) is None and not constant.any() and not args and not kwargs:
         return relu(rec, out, x)
     raise UnsupportedOperatorError(f"{rec.here}: only the maximum with zero has a rule")
 
@@ -86,9 +78,7 @@ def where(rec: Recorder, out: Tensor, condition: Tensor, input: Any = None, othe
     return relu(rec, out, input)
 
 
-def leaky_relu(
-    rec: Recorder, out: Tensor, input: Tensor, negative_slope: float = 0.01, inplace: bool = False
-) -> Result:
+def leaky_relu(rec: Recorder, out: Tensor, input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Result:
     if negative_slope == 0:
         return relu(rec, out, input)
     return activation(rec, out, input, "leaky_relu", partial(F.leaky_relu, negative_slope=negative_slope))
@@ -108,29 +98,21 @@ def elementwise(rec: Recorder, out: Tensor, input: Tensor, *args: Any, **kwargs:
     return activation(rec, out, input, name, partial(function, **kwargs))
 
 
-def softmax(
-    rec: Recorder, out: Tensor, input: Tensor, dim: int | None = None, *args: Any, **kwargs: Any
-) -> Result:
+def softmax(rec: Recorder, out: Tensor, input: Tensor, dim: int | None = None, *args: Any, **kwargs: Any) -> Result:
     name = rec.here.split(" ", 1)[0]
     node = rec.flat_of(input)
     split = tuple(out.shape[1:]) if node.size == (1, 1) else tuple(out.shape[1:-2])
     axis = (1 if dim is None else dim) % out.ndim
     if not 1 <= axis <= len(split):
-        raise UnsupportedOperatorError(
-            f"{rec.here}: only channels may compete (got dim={dim} of {tuple(out.shape)})"
-        )
-    return emit_pointwise(
-        rec, out, Opaque(name, partial(_compete, getattr(torch, name), split, axis), name), node
-    )
+        raise UnsupportedOperatorError(f"{rec.here}: only channels may compete (got dim={dim} of {tuple(out.shape)})")
+    return emit_pointwise(rec, out, Opaque(name, partial(_compete, getattr(torch, name), split, axis), name), node)
 
 
 def _compete(function: Callable[..., Tensor], split: tuple[int, ...], axis: int, x: Tensor) -> Tensor:
     return function(x.reshape(x.shape[0], *split, *x.shape[2:]), dim=axis).reshape(x.shape)
 
 
-def activation(
-    rec: Recorder, out: Tensor, x: Tensor, name: str, function: Callable[[Tensor], Tensor]
-) -> Result:
+def activation(rec: Recorder, out: Tensor, x: Tensor, name: str, function: Callable[[Tensor], Tensor]) -> Result:
     rule = rec.rule_for(name)
     return emit_pointwise(rec, out, Activation(name, function, rule, kind=name), rec.flat_of(x))
 
@@ -159,9 +141,7 @@ RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("maximum", "max"), maximum),
     **dict.fromkeys(("gt", "ge"), greater),
     **dict.fromkeys(("softmax", "log_softmax"), softmax),
-    **dict.fromkeys(
-        ("dropout", "dropout2d", "feature_dropout", "alpha_dropout", "dropout1d", "dropout3d"), dropout
-    ),
+    **dict.fromkeys(("dropout", "dropout2d", "feature_dropout", "alpha_dropout", "dropout1d", "dropout3d"), dropout),
     **dict.fromkeys(
         (
             "sigmoid",

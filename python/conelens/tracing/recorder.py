@@ -78,9 +78,7 @@ class Recorder(TorchFunctionMode):
         """The node whose map [N, C, H, W] or vector [N, F] this tensor is."""
         found = self.meaning(tensor)
         if found is None:
-            raise UnsupportedOperatorError(
-                f"{self.here}: {what} does not depend on the network's input as a map"
-            )
+            raise UnsupportedOperatorError(f"{self.here}: {what} does not depend on the network's input as a map")
         if found.layout not in ("map", "vector"):
             raise UnsupportedOperatorError(
                 f"{self.here}: {what} of shape {tuple(tensor.shape)} is a view that mixes channels and space, "
@@ -105,8 +103,7 @@ class Recorder(TorchFunctionMode):
             whole.reshape(-1), found.cells.reshape(-1)
         ):
             raise UnsupportedOperatorError(
-                f"{self.here}: no rule for a tensor of shape {tuple(tensor.shape)} that mixes channels and "
-                "space"
+                f"{self.here}: no rule for a tensor of shape {tuple(tensor.shape)} that mixes channels and space"
             )
         return self.select(node, corners // area)
 
@@ -116,11 +113,7 @@ class Recorder(TorchFunctionMode):
             return meaning.cells
         node = self.graph[meaning.node]
         numbers = torch.arange(node.shape[0] * node.size[0] * node.size[1])
-        return (
-            numbers.reshape(shape)
-            if numbers.numel() == math.prod(shape)
-            else numbers.reshape(node.shape).expand(shape)
-        )
+        return numbers.reshape(shape) if numbers.numel() == math.prod(shape) else numbers.reshape(node.shape).expand(shape)
 
     def select(self, node: Node, channels: Tensor) -> Node:
         """``channels`` of ``node`` in that order (-1: a channel of zeros)."""
@@ -138,16 +131,12 @@ class Recorder(TorchFunctionMode):
         constants.
         """
         if isinstance(tree, Tensor):
-            return (
-                torch.empty(tree.shape, dtype=torch.int64) if self.meaning(tree) is not None else tree.cpu()
-            )
+            return torch.empty(tree.shape, dtype=torch.int64) if self.meaning(tree) is not None else tree.cpu()
         if isinstance(tree, (tuple, list)):
             return type(tree)(self.without_meaning(value) for value in tree)
         return {k: self.without_meaning(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
 
-    def emit(
-        self, op: Operator, inputs: Iterable[Node], shape: tuple[int, int, int], vector: bool = False
-    ) -> Node:
+    def emit(self, op: Operator, inputs: Iterable[Node], shape: tuple[int, int, int], vector: bool = False) -> Node:
         """Add a node, named after the innermost module call and the torch function."""
         node = self.graph.add(op, tuple(n.index for n in inputs), shape, vector)
         base = f"{self.stack[-1]}/{self._function}"
@@ -193,9 +182,7 @@ class Recorder(TorchFunctionMode):
                 return result
             rule = self.rules.get(name) or self.rules.get(self._function)
             if rule is None:
-                raise UnsupportedOperatorError(
-                    f"{self.here}: no rule for this operator (torch function '{name}')"
-                )
+                raise UnsupportedOperatorError(f"{self.here}: no rule for this operator (torch function '{name}')")
             try:
                 self._assign(result, rule(self, result, *args, **kwargs))
             except TypeError as error:
@@ -239,8 +226,7 @@ class Recorder(TorchFunctionMode):
         for path, module in model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 raise UnsupportedOperatorError(
-                    f"{path or 'the model'} is a TorchScript module, whose calls cannot be seen; pass the "
-                    "original nn.Module"
+                    f"{path or 'the model'} is a TorchScript module, whose calls cannot be seen; pass the original nn.Module"
                 )
             handles.append(module.register_forward_pre_hook(self._enter(path)))
             handles.append(module.register_forward_hook(self._leave(not any(module.children()))))
@@ -284,15 +270,12 @@ class Recorder(TorchFunctionMode):
                 self.graph.outputs.append(self.map_of(tensor, "the model's output").index)
         if not self.graph.outputs:
             raise TraceError(
-                f"the model returned {type(output).__name__} without a tensor that depends on its input; "
-                "nothing can be traced"
+                f"the model returned {type(output).__name__} without a tensor that depends on its input; nothing can be traced"
             )
         return self.graph
 
 
-def record(
-    model: nn.Module, example: Tensor, rules: Mapping[str, Callable[..., Any]], policy: Policy
-) -> tuple[Graph, Any]:
+def record(model: nn.Module, example: Tensor, rules: Mapping[str, Callable[..., Any]], policy: Policy) -> tuple[Graph, Any]:
     """Run ``model`` on ``example`` [N >= 2, C, H, W] and return (graph, model output)."""
     if example.ndim != 4 or example.shape[0] < 2:
         raise ArgumentError(f"example: got shape {tuple(example.shape)}, wanted [N >= 2, C, H, W]")
