@@ -201,3 +201,42 @@ def test_import_is_light() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_choices_of_two_threads_end_in_any_order() -> None:
+    first, second = ops.use_backend("triton"), ops.use_backend("reference")
+    x = torch.zeros(1, 1, 4, 4)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    with ops.require_kernels(), pytest.raises(BackendError, match="would run its reference"):
+        ops.max_pool2d_with_switches(x, 2)  # the second still holds
+    second.__exit__(None, None, None)
+    with ops.require_kernels():
+        ops.max_pool2d_with_switches(x, 2)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_without_gradients_vmap_and_lazy_negation_are_seen() -> None:
+    x = torch.randn(3, 2, 2, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(torch.vmap(lambda t: ops.channel_peaks(t).values)(x), x.amax((-1, -2)))
+        negated, weight = torch._neg_view(x[0]), torch._neg_view(torch.randn(2, 3, 3, 3))
+        assert torch.equal(ops.channel_peaks(negated).values, (-x[0]).amax((-1, -2)))
+        got, wanted = ops.deconv2d(x[0], weight, relu=True), ops.deconv2d(x[0], weight.resolve_neg(), relu=True)
+        assert torch.equal(got, wanted) and bool(got.any())
+
+
+@pytest.mark.parametrize("window", [(3, 1, 0, 2**62), (2**40, 1, 2**39, 1), (3, 2**62, 1, 1), (2**16, 1, 0, 1)])
+def test_windows_beyond_the_kernels_arithmetic_are_refused(window: tuple[int, int, int, int]) -> None:
+    x, switches = torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    with pytest.raises(ArgumentError, match=r"must (be|have) at most 2147483647"):
+        ops.max_pool2d_with_switches(x, *window)
+    with pytest.raises(ArgumentError, match=r"must (be|have) at most 2147483647"):
+        ops.max_unpool2d(x, switches, *window, output_size=(8, 8))
+
+
+def test_out_whose_cells_share_memory_is_refused() -> None:
+    x, switches = torch.randn(2, 1, 8, 8), torch.empty(2, 1, 4, 4, dtype=torch.uint8)
+    with pytest.raises(ArgumentError, match=r"out\[0\].*several cells in one place"):
+        ops.max_pool2d_with_switches(x, 2, out=(torch.empty(1, 1, 4, 4).expand(2, 1, 4, 4), switches))

@@ -17,12 +17,13 @@ from conelens.errors import ArgumentError
 
 Pair = tuple[int, int]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_MOST = 2**31 - 1  # of a window's sizes: products of two of them then stay within the kernels' int64
 _HUGE = 4 << 20  # bytes from which a fresh CPU output asks for huge pages
 
 
 def pair(value: int | Sequence[int], name: str, minimum: int) -> Pair:
     """An int or two of them -> (y, x); each at least `minimum`."""
-    if type(value) is tuple and len(value) == 2 and all(type(v) is int and v >= minimum for v in value):
+    if type(value) is tuple and len(value) == 2 and all(type(v) is int and minimum <= v <= _MOST for v in value):
         return value  # the engine's own calls, thousands a second
     integer = (int, torch.SymInt, np.integer)
     values = (
@@ -32,7 +33,17 @@ def pair(value: int | Sequence[int], name: str, minimum: int) -> Pair:
         raise ArgumentError(f"{name} must be an int or two (y, x), got {value!r}")
     if any(v < minimum for v in values):
         raise ArgumentError(f"{name} must be at least {minimum}, got {value!r}")
+    if any(v > _MOST for v in values):
+        raise ArgumentError(f"{name} must be at most {_MOST}, got {value!r}")
     return values[0], values[1]
+
+
+def window(value: int | Sequence[int], name: str) -> Pair:
+    """The size of a pooling window, whose taps can be numbered in int32."""
+    size = pair(value, name, 1)
+    if size[0] * size[1] > _MOST:
+        raise ArgumentError(f"{name} must have at most {_MOST} taps, got {value!r}")
+    return size
 
 
 def check_map(x: Any, name: str) -> None:
@@ -73,6 +84,8 @@ def check_outs(
         if not isinstance(tensor, Tensor):
             raise ArgumentError(f"{name} must be a tensor, got {type(tensor).__name__}")
         check_like(tensor, name, like, like_name, shape=shape, dtype=dtype)
+        if not torch.compiler.is_compiling() and torch._debug_has_internal_overlap(tensor) == 1:
+            raise ArgumentError(f"{name} has several cells in one place of memory; give one that is not expanded")
     return tuple(tensor for _, tensor, _, _ in outs)
 
 

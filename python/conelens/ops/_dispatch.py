@@ -34,12 +34,14 @@ _log = logging.getLogger("conelens.ops")
 
 
 @dataclass
-class _Choice:
-    backend: str = "auto"
-    kernels_required: bool = False
+class _Choices:
+    """Blocks that are open now. Threads may leave theirs in any order: each takes away its own, the latest one counts."""
+
+    backends: list[list[str]] = field(default_factory=list)
+    requiring: list[None] = field(default_factory=list)
 
 
-_choice = _Choice()
+_choices = _Choices()
 
 
 @contextmanager
@@ -50,21 +52,22 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name not in ("auto", *BACKENDS):
         raise ArgumentError(f"backend is {name!r}; wanted one of 'auto', {', '.join(map(repr, BACKENDS))}")
-    before, _choice.backend = _choice.backend, name
+    mine = [name]
+    _choices.backends.append(mine)
     try:
         yield
     finally:
-        _choice.backend = before
+        _choices.backends[:] = [other for other in _choices.backends if other is not mine]
 
 
 @contextmanager
 def require_kernels() -> Iterator[None]:
     """Raise BackendError wherever a reference implementation would run inside; process-wide."""
-    before, _choice.kernels_required = _choice.kernels_required, True
+    _choices.requiring.append(None)
     try:
         yield
     finally:
-        _choice.kernels_required = before
+        _choices.requiring.pop()
 
 
 @dataclass(frozen=True)
@@ -129,18 +132,20 @@ def _triton_reason(name: str, device: torch.device, args: tuple[Any, ...]) -> st
 
 def choose(op: Implementations, device: torch.device, args: tuple[Any, ...]) -> str:
     """Name of the backend that runs these arguments."""
-    if _choice.backend == "auto":
+    open_blocks = _choices.backends
+    asked = open_blocks[-1][0] if open_blocks else "auto"
+    if asked == "auto":
         # the interpreter is for tests that ask for it: the CPU's own kernel goes first
         order = ("compiled", "reference") if device.type == "cpu" else op.candidates(args)
         for backend in order:
             if op.reason(backend, device, args) is None:
                 break
     else:
-        backend = _choice.backend
+        backend = asked
         reason = op.reason(backend, device, args)
         if reason is not None:
             raise BackendError(f"{op.name}: backend {backend!r} was asked for but cannot run: {reason}")
-    if backend == "reference" and _choice.kernels_required:
+    if backend == "reference" and _choices.requiring:
         reasons = "; ".join(f"{name}: {op.reason(name, device, args)}" for name in op.candidates(args)[:-1])
         raise BackendError(f"{op.name} would run its reference although kernels are required ({reasons})")
     if _log.isEnabledFor(logging.DEBUG):

@@ -22,8 +22,17 @@ Outputs = Tensor | tuple[Tensor, ...]
 
 
 def _watched() -> bool:
-    """Does a compiler or a dispatch mode (fake tensors, tracing) want to see operations?"""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    """Does a compiler, a dispatch mode (fake tensors, tracing) or a function transform (vmap) want to see operations?"""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def _plain(x: Any) -> bool:
+    """A tensor that is what its memory says: no subclass, and no negation still to be done."""
+    return type(x) is Tensor and not x.is_neg()
 
 
 class Operator:
@@ -59,7 +68,7 @@ class Operator:
         )
 
     def __call__(self, *args: Any) -> Any:
-        if not _watched() and not torch.is_grad_enabled() and type(args[0]) is Tensor:
+        if not _watched() and not torch.is_grad_enabled() and _plain(args[0]):
             return self._run(*args)  # nobody records this call: spare the dispatcher's ten microseconds
         return self._functional(*args)
 

@@ -17,7 +17,7 @@ from conelens.errors import ArgumentError
 from conelens.kernels.deconv2d import reference
 from conelens.kernels.deconv2d.triton_configs import cuda_kernel_fits, prefer_triton, problem_of
 from conelens.ops import _arguments as arguments
-from conelens.ops._dispatch import Implementations
+from conelens.ops._dispatch import BACKENDS, Implementations
 from conelens.ops._register import Operator
 from conelens.ops.max_unpool2d import check_origin, check_switches, unpool
 
@@ -149,7 +149,7 @@ def _check_switches(pool: Any, switches: Tensor | None, y: Tensor) -> None:
     if switches is not None:
         if not isinstance(pool, tuple | list) or len(pool) != 4:
             raise ArgumentError(f"pool must be (kernel_size, stride, padding, dilation), got {pool!r}")
-        check_switches(switches, y, arguments.pair(pool[0], "pool kernel_size", 1))
+        check_switches(switches, y, arguments.window(pool[0], "pool kernel_size"))
 
 
 def _pool_window(pool: Any) -> tuple[int, ...] | None:
@@ -295,7 +295,7 @@ def _compiled(
     origin: Tensor | None,
     out: Tensor | None = None,
 ) -> Tensor:
-    y = arguments.readable(y)
+    y, weight = arguments.readable(y), weight.resolve_neg()
     origin = None if origin is None else origin.contiguous()
     if y.device.type == "cuda":
         return _cuda(
@@ -377,9 +377,11 @@ def _cudnn(signal: Tensor, weight: Tensor, window: tuple[Any, ...], origin: Tens
     return reference.transposed_filter(signal, weight, stride, padding, groups, dilation, output_size, origin)
 
 
-def _order(y: Tensor, weight: Tensor, *rest: Any) -> tuple[str, ...]:
+def _order(y: Tensor, *rest: Any) -> tuple[str, ...]:
     """On CUDA a checked-in table chooses between the Triton kernel and unpooling before cuDNN."""
-    stride, _, groups, dilation, output_size, _, pool, _, _, origin = rest
+    if len(rest) < 11:  # ops.backends is asked about the tensors alone
+        return BACKENDS
+    weight, stride, _, groups, dilation, output_size, _, pool, _, _, origin = rest
     problem = problem_of(y, weight, output_size[0] * output_size[1], groups, pool, origin is not None)
     if not cuda_kernel_fits(y, weight, stride, groups, dilation) and prefer_triton(problem):
         return ("triton", "compiled", "reference")

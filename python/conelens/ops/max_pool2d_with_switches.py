@@ -49,7 +49,7 @@ def max_pool2d_with_switches(
     Raises ArgumentError for a wrong shape, dtype, device or a window without a cell.
     """
     arguments.check_map(x, "x")
-    kernel = arguments.pair(kernel_size, "kernel_size", 1)
+    kernel = arguments.window(kernel_size, "kernel_size")
     step = kernel if stride is None or stride == () or stride == [] else arguments.pair(stride, "stride", 1)
     pad = arguments.pair(padding, "padding", 0)
     spread = arguments.pair(dilation, "dilation", 1)

@@ -49,7 +49,7 @@ def max_unpool2d(
     the device. Differentiable in pooled, twice. Raises ArgumentError for a wrong shape, dtype or device.
     """
     arguments.check_map(pooled, "pooled")
-    kernel = arguments.pair(kernel_size, "kernel_size", 1)
+    kernel = arguments.window(kernel_size, "kernel_size")
     step = kernel if stride is None or stride == () or stride == [] else arguments.pair(stride, "stride", 1)
     pad = arguments.pair(padding, "padding", 0)
     spread = arguments.pair(dilation, "dilation", 1)
