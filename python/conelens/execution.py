@@ -36,6 +36,11 @@ from conelens.operators import (
 Observer = Callable[[int, Tensor], None]
 
 
+def exact_dtype(device: torch.device) -> torch.autocast:
+    """A block in which the caller's autocast does not reach the network: results are in the dtype that was traced."""
+    return torch.autocast(device.type, enabled=False)
+
+
 def take(x: Tensor, offset: Offset, size: Pair, fill: float = 0.0, rows: Tensor | None = None) -> Tensor:
     """Windows of ``size`` that start at ``offset`` inside ``x`` [N, C, h, w]; ``fill`` where they leave it.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from conelens.cone import cone_macs, whole_macs
 from conelens.errors import ArgumentError, LayerError, TraceError, UnsupportedOperatorError
-from conelens.execution import forward_whole
+from conelens.execution import exact_dtype, forward_whole
 from conelens.graph import Graph, Node
 from conelens.names import add_conventional_aliases
 from conelens.operators import Conv2d, Gate, Linear, MaxPool2d, Pair, require_rule
@@ -73,7 +73,7 @@ class LayerTable(Sequence[Layer]):
 
 
 class Network:
-    """A network as a graph of known operators. Made by :func:`trace`; weights are shared with the model."""
+    """A network as a graph of known operators. Made by :func:`trace`, with the weights of that moment."""
 
     def __init__(self, graph: Graph, dtype: torch.dtype, device: torch.device) -> None:
         self.graph = graph
@@ -133,7 +133,7 @@ class Network:
 
     def _run(self, images: Tensor, targets: Sequence[int]) -> list[Tensor]:
         self.check_images(images)
-        with torch.no_grad():
+        with torch.no_grad(), exact_dtype(self.device):
             values = forward_whole(self.graph, images, tuple(sorted(set(targets))))
         return [values[t].flatten(1) if self.graph[t].vector else values[t] for t in targets]
 
@@ -151,7 +151,7 @@ def trace(
     """Turn any module of the supported operators into a :class:`Network`.
 
     Args:
-        model: in evaluation mode; its parameters are shared, not copied.
+        model: in evaluation mode. Its weights count as they are now; trace again once they have changed.
         example: images [N, C, H, W] of the size to analyse, or their shape (C, H, W).
         policy: rules for operators that have no canonical one, e.g. ``{"relu6": "clamp", "silu": "gradient", "gate": "hold",
             "lrn": "jacobian"}``. "clamp" rectifies the top-down signal, "gradient" multiplies it by the slope, "hold" keeps a
@@ -170,12 +170,14 @@ def trace(
     if active:
         raise ArgumentError(f"model: {active[0] or 'it'} is in training mode; call model.eval() first")
     rules = _policy(policy)
-    probe = _example(model, example)
-    graph, _output = record(model, probe, lowering.RULES, rules)
-    add_conventional_aliases(graph)
-    network = Network(graph, probe.dtype, probe.device)
-    _require_rules(graph)
-    _verify(network, model, probe)
+    with torch.inference_mode(False):
+        probe = _example(model, example)
+    with torch.inference_mode(False), exact_dtype(probe.device):  # autograd may need the graph's constants later
+        graph, _output = record(model, probe, lowering.RULES, rules)
+        add_conventional_aliases(graph)
+        network = Network(graph, probe.dtype, probe.device)
+        _require_rules(graph)
+        _verify(network, model, probe)
     for alias, layer in (names or {}).items():
         network.node(layer).aliases.append(alias)
     return Network(graph, probe.dtype, probe.device) if names else network

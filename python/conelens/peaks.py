@@ -16,7 +16,7 @@ from torch import Tensor
 from conelens import ops
 from conelens.data import ImageDataset, iter_batches
 from conelens.errors import ArgumentError, CheckpointError, DataError
-from conelens.execution import forward_whole
+from conelens.execution import exact_dtype, forward_whole
 from conelens.network import Network
 
 DISTINCT = ("image", "none")
@@ -57,17 +57,23 @@ class LayerPeaks:
         missing = self.image == EMPTY
         order = np.lexsort((self.x, self.y, self.image, -self.value, missing), axis=-1)
         sorted_ = self._take(order)
-        same = sorted_.image[:, :, None] == sorted_.image[:, None, :]
-        if distinct == "none":
-            for name in ("y", "x"):
-                field = getattr(sorted_, name)
-                same &= field[:, :, None] == field[:, None, :]
-        earlier = np.tril(np.ones(same.shape[1:], bool), -1)
-        repeated = (same & earlier).any(2) | (sorted_.image == EMPTY)
+        repeated = sorted_._repeated(distinct) | (sorted_.image == EMPTY)
         kept = np.argsort(repeated, axis=-1, kind="stable")[:, :k]
         result = sorted_._take(kept)
         result._clear(np.take_along_axis(repeated, kept, -1))
         return result
+
+    def _repeated(self, distinct: str) -> np.ndarray:
+        """Which peaks [C, M] come after another of the same image (or, when not distinct, the same place) in their row."""
+        keys = (self.image,) if distinct == "image" else (self.x, self.y, self.image)
+        order = np.lexsort(keys, axis=-1)  # stable: equals keep their order
+        same = np.ones((order.shape[0], max(0, order.shape[1] - 1)), bool)
+        for key in keys:
+            grouped = np.take_along_axis(key, order, -1)
+            same &= grouped[:, 1:] == grouped[:, :-1]
+        repeated = np.zeros(order.shape, bool)
+        np.put_along_axis(repeated, order[:, 1:], same, -1)
+        return repeated
 
     def joined(self, other: LayerPeaks) -> LayerPeaks:
         return LayerPeaks(*(np.concatenate([getattr(self, f), getattr(other, f)], 1) for f in _FIELDS))
@@ -208,11 +214,13 @@ def top_peaks(
     table = resume or PeakTable({n: LayerPeaks.empty(v.shape[0], k) for n, v in nodes.items()}, k, distinct)
     if (table.k, table.distinct, set(table.layers)) != (k, distinct, set(nodes)):
         raise ArgumentError("resume: that table was made with another k, distinct or other layers")
+    if table.seen > len(dataset):
+        raise ArgumentError(f"resume: that table has seen {table.seen} images, but the data set holds {len(dataset)}")
     targets = tuple(sorted({node.index for node in nodes.values()}))
     rest = _Remaining(net, dataset, table.seen)
     try:
         for batch in iter_batches(rest, batch_size, on_problem=_warn_skipped):
-            with torch.inference_mode():
+            with torch.inference_mode(), exact_dtype(net.device):
                 maps = forward_whole(net.graph, batch.images, targets)
                 indices = np.array(batch.indices) + rest.start
                 found = {
@@ -241,7 +249,13 @@ class _Remaining:
         return max(0, len(self.dataset) - self.start)
 
     def __getitem__(self, index: int) -> Tensor:
-        image = self.dataset[self.start + index].to(self.net.device)
+        image = self.dataset[self.start + index]
+        if not isinstance(image, Tensor):
+            raise ArgumentError(
+                f"dataset: item {self.start + index} is a {type(image).__name__}, wanted a tensor [C, H, W]; "
+                "leave labels out"
+            )
+        image = image.to(self.net.device)
         self.net.check_images(image[None])
         if not bool(torch.isfinite(image).all()):
             raise DataError(f"image {self.start + index} holds NaN or infinity")
@@ -255,13 +269,13 @@ def _warn_skipped(index: int, error: DataError) -> None:
 def _peaks_of(maps: Tensor, indices: np.ndarray, k: int, distinct: str) -> LayerPeaks:
     """Peaks of one batch of maps [N, C, H, W]: per channel N of them, or N * min(k, H * W) when not distinct."""
     width = maps.shape[3]
+    peaks = ops.channel_peaks(maps)
+    if bool(torch.isnan(peaks.values).any()):
+        raise ArgumentError("the network gives NaN for finite images; its weights or their dtype overflow")
     if distinct == "image":
-        peaks = ops.channel_peaks(maps)
         values, positions = peaks.values[..., None].float(), peaks.positions[..., None].long()
     else:
         values, positions = _strongest(maps.flatten(2).float(), min(k, maps.shape[2] * width))
-    if bool(torch.isnan(values).any()):
-        raise ArgumentError("the network gives NaN for finite images; its weights or their dtype overflow")
     value, position = (t.permute(1, 0, 2).flatten(1).cpu().numpy() for t in (values, positions))
     image = np.broadcast_to(np.repeat(indices, values.shape[2]), value.shape).copy()
     result = LayerPeaks(

@@ -16,7 +16,7 @@ from conelens.certify import TieProbe
 from conelens.cone import ConePlan, plan_cone, unit_boxes
 from conelens.cost import choose_route, chunks_of_units, images_per_pass
 from conelens.errors import ArgumentError, DeadUnitWarning
-from conelens.execution import forward_cone, forward_whole, steps_from_whole, take, topdown
+from conelens.execution import exact_dtype, forward_cone, forward_whole, steps_from_whole, take, topdown
 from conelens.graph import Graph, Node
 from conelens.network import Network, check_projectable
 from conelens.operators import MaxPool2d, Place, Step
@@ -110,7 +110,7 @@ def project(
     if route not in ROUTES:
         raise ArgumentError(f"route: got {route!r}, wanted one of {', '.join(ROUTES)}")
     job = _Job(net.graph, node, images, read_units(node, images, channel, position, image), certify)
-    with torch.inference_mode():  # a third less time per small operation than no_grad
+    with torch.inference_mode(), exact_dtype(net.device):  # a third less time per small operation than no_grad
         job.run(route)
     result = job.result()
     _warn_dead(result, layer, job.units.channels)

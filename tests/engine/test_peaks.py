@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import conelens
-from conelens.errors import CheckpointError, DataError
-from conelens.peaks import Interrupted, Peak, PeakTable
+from conelens.errors import ArgumentError, CheckpointError, DataError
+from conelens.peaks import Interrupted, LayerPeaks, Peak, PeakTable
 
 
 @pytest.fixture(scope="module")
@@ -160,3 +162,38 @@ def test_bad_arguments_are_named(net: conelens.Network, images: Tensor) -> None:
     ):
         with pytest.raises(conelens.ArgumentError, match=message):
             call()
+
+
+def test_peaks_of_many_places_need_little_memory() -> None:
+    """Merging sorts; comparing all pairs of 3000 peaks in 64 channels would take half a gigabyte."""
+    rng = np.random.default_rng(0)
+    shape = (64, 3000)
+    place = (rng.integers(0, 40, shape) for _ in range(3))
+    many = LayerPeaks(rng.random(shape, np.float32) + 1, *place)
+    tracemalloc.start()
+    best = many.best(50, "none")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 64 * 2**20
+    cells = zip(many.image[5], many.y[5], many.x[5], strict=True)
+    strongest: dict[tuple[int, ...], float] = {}
+    for cell, value in zip(cells, many.value[5], strict=True):
+        strongest[cell] = max(value, strongest.get(cell, 0))
+    assert best.value[5].tolist() == sorted(strongest.values(), reverse=True)[:50]
+
+
+@pytest.mark.parametrize("distinct", ["image", "none"])
+def test_a_network_that_gives_nan_is_named(distinct: str) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 1)).eval()
+    nn.init.constant_(model[0].bias, float("nan"))
+    net = conelens.trace(model, (2, 4, 4))
+    with pytest.raises(ArgumentError, match="gives NaN for finite images"):
+        conelens.top_peaks(net, torch.zeros(2, 2, 4, 4), ["0"], distinct=distinct)
+
+
+def test_datasets_that_do_not_fit_are_named(net: conelens.Network, images: Tensor) -> None:
+    table = conelens.top_peaks(net, images, ["3"])
+    with pytest.raises(ArgumentError, match="has seen 23 images, but the data set holds 5"):
+        conelens.top_peaks(net, images[:5], ["3"], resume=table)
+    with pytest.raises(ArgumentError, match="item 0 is a tuple, wanted a tensor"):
+        conelens.top_peaks(net, [(image, 0) for image in images], ["3"])  # type: ignore[arg-type]

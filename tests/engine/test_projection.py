@@ -262,3 +262,29 @@ def test_results_are_ordinary_tensors(net: conelens.Network, images: Tensor) -> 
     leaf = p.crops.requires_grad_()
     leaf.square().sum().backward()
     assert leaf.grad is not None
+
+
+def test_autocast_and_inference_mode_of_the_caller_change_nothing(images: Tensor) -> None:
+    x = images.float()
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(x.shape[1], 4, 3), nn.Conv2d(4, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            return self.last(y * torch.nn.functional.relu6(y + 3) / 6)
+
+    model = Gated().eval()
+    plain = conelens.project(conelens.trace(model, x, policy="gradient"), x, "last", 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        net = conelens.trace(model, x, policy="gradient")
+        cast = conelens.project(net, x, "last", 1)
+        table = conelens.top_peaks(net, x, ["last"], k=1)
+        assert net(x).dtype == torch.float32
+    with torch.inference_mode():
+        net = conelens.trace(model, x, policy="gradient")
+    assert torch.equal(cast.crops, plain.crops)
+    assert torch.equal(conelens.project(net, x, "last", 1).crops, plain.crops)
+    assert table.top("last", 1)[0].value == plain.values.max()
