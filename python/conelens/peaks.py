@@ -103,14 +103,10 @@ class PeakTable:
     def top(self, layer: str, channel: int, k: int | None = None) -> list[Peak]:
         """The strongest peaks of a channel, best first; fewer than k where it fired in fewer images."""
         if layer not in self.layers:
-            raise ArgumentError(
-                f"layer: got {layer!r}, wanted one of {', '.join(self.layers)} (the layers of this table)"
-            )
+            raise ArgumentError(f"layer: got {layer!r}, wanted one of {', '.join(self.layers)} (the layers of this table)")
         peaks = self.layers[layer]
         if not 0 <= channel < len(peaks.value):
-            raise ArgumentError(
-                f"channel: got {channel}, wanted 0..{len(peaks.value) - 1} ({layer} has {len(peaks.value)})"
-            )
+            raise ArgumentError(f"channel: got {channel}, wanted 0..{len(peaks.value) - 1} ({layer} has {len(peaks.value)})")
         if k is not None and not 1 <= k <= self.k:
             raise ArgumentError(f"k: got {k}, wanted 1..{self.k} (what this table holds)")
         columns = zip(*(getattr(peaks, f)[channel, : k or self.k].tolist() for f in _FIELDS), strict=True)
@@ -119,28 +115,17 @@ class PeakTable:
     def __add__(self, other: PeakTable) -> PeakTable:
         if not isinstance(other, PeakTable):
             return NotImplemented
-        mine, theirs = (
-            (t.k, t.distinct, {n: len(p.value) for n, p in t.layers.items()}) for t in (self, other)
-        )
+        mine, theirs = ((t.k, t.distinct, {n: len(p.value) for n, p in t.layers.items()}) for t in (self, other))
         if mine != theirs:
-            raise ArgumentError(
-                f"tables differ in k, distinct or layers: {mine} and {theirs}; merge tables of one kind"
-            )
-        layers = {
-            name: peaks.joined(other.layers[name]).best(self.k, self.distinct)
-            for name, peaks in self.layers.items()
-        }
+            raise ArgumentError(f"tables differ in k, distinct or layers: {mine} and {theirs}; merge tables of one kind")
+        layers = {name: peaks.joined(other.layers[name]).best(self.k, self.distinct) for name, peaks in self.layers.items()}
         return PeakTable(layers, self.k, self.distinct, self.seen + other.seen)
 
     def save(self, path: str | Path) -> None:
         """Write the table as safetensors; the old file stays whole until the new one is complete."""
         from safetensors.numpy import save_file
 
-        arrays = {
-            f"{name}\n{f}": np.ascontiguousarray(getattr(p, f))
-            for name, p in self.layers.items()
-            for f in _FIELDS
-        }
+        arrays = {f"{name}\n{f}": np.ascontiguousarray(getattr(p, f)) for name, p in self.layers.items() for f in _FIELDS}
         about = {
             "format": "conelens.PeakTable 1",
             "k": str(self.k),
@@ -223,12 +208,8 @@ def top_peaks(
             with torch.inference_mode(), exact_dtype(net.device):
                 maps = forward_whole(net.graph, batch.images, targets)
                 indices = np.array(batch.indices) + rest.start
-                found = {
-                    name: _peaks_of(maps[node.index], indices, k, distinct) for name, node in nodes.items()
-                }
-            merged = {
-                name: peaks.joined(found[name]).best(k, distinct) for name, peaks in table.layers.items()
-            }
+                found = {name: _peaks_of(maps[node.index], indices, k, distinct) for name, node in nodes.items()}
+            merged = {name: peaks.joined(found[name]).best(k, distinct) for name, peaks in table.layers.items()}
             table = PeakTable(merged, k, distinct, int(indices[-1]) + 1)
             if progress is not None:
                 progress(table.seen, len(dataset))
@@ -252,8 +233,7 @@ class _Remaining:
         image = self.dataset[self.start + index]
         if not isinstance(image, Tensor):
             raise ArgumentError(
-                f"dataset: item {self.start + index} is a {type(image).__name__}, wanted a tensor [C, H, W]; "
-                "leave labels out"
+                f"dataset: item {self.start + index} is a {type(image).__name__}, wanted a tensor [C, H, W]; leave labels out"
             )
         image = image.to(self.net.device)
         self.net.check_images(image[None])

@@ -30,9 +30,7 @@ def images() -> Tensor:
     return x
 
 
-def brute_force(
-    net: conelens.Network, images: Tensor, layer: str, channel: int, k: int, distinct: str
-) -> list[tuple]:
+def brute_force(net: conelens.Network, images: Tensor, layer: str, channel: int, k: int, distinct: str) -> list[tuple]:
     maps = net.forward(images, [layer])[layer][:, channel]
     records = [
         (-float(maps[n, y, x]), n, y, x)
@@ -58,9 +56,7 @@ def test_equals_brute_force(net: conelens.Network, images: Tensor, layer: str, d
 
 
 @pytest.mark.parametrize("distinct", ["image", "none"])
-def test_any_batch_size_and_any_merge_order_give_the_same(
-    net: conelens.Network, images: Tensor, distinct: str
-) -> None:
+def test_any_batch_size_and_any_merge_order_give_the_same(net: conelens.Network, images: Tensor, distinct: str) -> None:
     class Slice:
         def __init__(self, start: int, stop: int) -> None:
             self.range = range(start, stop)
@@ -123,17 +119,13 @@ def test_interrupt_keeps_what_is_done_and_resumes(net: conelens.Network, images:
     partial = caught.value.table
     assert partial.seen == 10
     steps: list[tuple[int, int]] = []
-    resumed = conelens.top_peaks(
-        net, images, ["3"], k=4, batch_size=5, resume=partial, progress=lambda *s: steps.append(s)
-    )
+    resumed = conelens.top_peaks(net, images, ["3"], k=4, batch_size=5, resume=partial, progress=lambda *s: steps.append(s))
     assert steps[0] == (15, 23) and steps[-1] == (23, 23)
     whole = conelens.top_peaks(net, images, ["3"], k=4, batch_size=5)
     assert all(resumed.top("3", c) == whole.top("3", c) for c in range(5))
 
 
-def test_saves_and_loads_and_refuses_other_files(
-    net: conelens.Network, images: Tensor, tmp_path: Path
-) -> None:
+def test_saves_and_loads_and_refuses_other_files(net: conelens.Network, images: Tensor, tmp_path: Path) -> None:
     table = conelens.top_peaks(net, images, ["0", "3"], k=3)
     table.save(tmp_path / "peaks.safetensors")
     again = PeakTable.load(tmp_path / "peaks.safetensors")

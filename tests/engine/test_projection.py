@@ -31,9 +31,7 @@ def images() -> Tensor:
     return torch.randn(4, 3, 41, 37, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def alive(
-    net: conelens.Network, images: Tensor, layer: str
-) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+def alive(net: conelens.Network, images: Tensor, layer: str) -> tuple[list[int], list[int], list[tuple[int, int]]]:
     """One interior, border and corner unit that fires in each image."""
     maps = net.forward(images, [layer])[layer]
     rows, channels, places = [], [], []
@@ -50,24 +48,18 @@ def alive(
     return rows, channels, places
 
 
-def test_peak_is_the_first_maximum_and_the_seed_is_its_activity(
-    net: conelens.Network, images: Tensor
-) -> None:
+def test_peak_is_the_first_maximum_and_the_seed_is_its_activity(net: conelens.Network, images: Tensor) -> None:
     p = conelens.project(net, images, "6", 4)
     maps = net.forward(images, ["6"])["6"]
     flat = maps[:, 4].flatten(1)
     assert p.positions.tolist() == [[int(i) // maps.shape[3], int(i) % maps.shape[3]] for i in flat.argmax(1)]
     assert torch.allclose(p.values, flat.amax(1).clamp_min(0))
-    wanted, _ = deconvnet_by_autograd(
-        chain(), images, "6", [(n, 4, *p.positions[n].tolist()) for n in range(4)]
-    )
+    wanted, _ = deconvnet_by_autograd(chain(), images, "6", [(n, 4, *p.positions[n].tolist()) for n in range(4)])
     assert relative(p.pixels, wanted) < 1e-12
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
-def test_cone_equals_whole_image_for_interior_border_and_corner_units(
-    dtype: torch.dtype, limit: float, images: Tensor
-) -> None:
+def test_cone_equals_whole_image_for_interior_border_and_corner_units(dtype: torch.dtype, limit: float, images: Tensor) -> None:
     model = chain(dtype)
     x = images.to(dtype)
     net = conelens.trace(model, x)
@@ -79,9 +71,7 @@ def test_cone_equals_whole_image_for_interior_border_and_corner_units(
     assert float(full.pixels.norm()) > 0
     assert relative(cone.pixels, full.pixels) < limit and relative(auto.pixels, full.pixels) < limit
     assert cone.near_ties is not None and int(cone.near_ties.sum()) == 0  # noise has no near ties
-    wanted, _ = deconvnet_by_autograd(
-        model, x, "6", list(zip(rows, channels, *zip(*places, strict=True), strict=True))
-    )
+    wanted, _ = deconvnet_by_autograd(model, x, "6", list(zip(rows, channels, *zip(*places, strict=True), strict=True)))
     assert relative(full.pixels, wanted) < (1e-12 if dtype == torch.float64 else 1e-5)
 
 
@@ -113,14 +103,10 @@ def test_peaks_of_many_passes_equal_those_of_one(
         assert relative(apart.pixels, together.pixels) < 1e-12
 
 
-def test_full_route_runs_each_image_once(
-    net: conelens.Network, images: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_route_runs_each_image_once(net: conelens.Network, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     forward = projection.forward_whole
-    monkeypatch.setattr(
-        projection, "forward_whole", lambda g, x, *a, **k: sizes.append(len(x)) or forward(g, x, *a, **k)
-    )
+    monkeypatch.setattr(projection, "forward_whole", lambda g, x, *a, **k: sizes.append(len(x)) or forward(g, x, *a, **k))
     conelens.project(net, images, "6", [1, 2, 3, 4, 5], "peak", [2, 2, 0, 2, 0])
     assert sizes == [2]
 
@@ -137,13 +123,9 @@ def test_crops_boxes_patches_and_pixels_fit_together(net: conelens.Network, imag
         assert (bottom - top, right - left) == layer.receptive_field
         inside = p.pixels[u][:, max(top, 0) : bottom, max(left, 0) : right]
         assert torch.count_nonzero(p.pixels[u]) == torch.count_nonzero(inside)  # nothing outside the box
-        cut = p.crops[u][
-            :, max(-top, 0) : max(-top, 0) + inside.shape[1], max(-left, 0) : max(-left, 0) + inside.shape[2]
-        ]
+        cut = p.crops[u][:, max(-top, 0) : max(-top, 0) + inside.shape[1], max(-left, 0) : max(-left, 0) + inside.shape[2]]
         assert torch.equal(cut, inside)
-        shown = patches[u][
-            :, max(-top, 0) : max(-top, 0) + inside.shape[1], max(-left, 0) : max(-left, 0) + inside.shape[2]
-        ]
+        shown = patches[u][:, max(-top, 0) : max(-top, 0) + inside.shape[1], max(-left, 0) : max(-left, 0) + inside.shape[2]]
         assert torch.equal(shown, images[row][:, max(top, 0) : bottom, max(left, 0) : right])
     assert torch.equal(torch.cat(list(p.iter_pixels(5))), p.pixels)
 
@@ -248,9 +230,7 @@ def test_differing_switches_between_routes_are_near_ties() -> None:
     full = conelens.project(net, noise, "6", channels, places, rows, route="full")
     cone = conelens.project(net, noise, "6", channels, places, rows, route="cone", certify=True)
     assert cone.near_ties is not None
-    difference = (full.crops - cone.crops).flatten(1).norm(dim=1) / full.crops.flatten(1).norm(
-        dim=1
-    ).clamp_min(1e-12)
+    difference = (full.crops - cone.crops).flatten(1).norm(dim=1) / full.crops.flatten(1).norm(dim=1).clamp_min(1e-12)
     certain = cone.near_ties == 0
     assert bool(certain.any()) and bool((~certain).any())
     assert float(difference[certain].max()) < 1e-5

@@ -26,9 +26,7 @@ def pair(value: int | Sequence[int], name: str, minimum: int) -> Pair:
     if type(value) is tuple and len(value) == 2 and all(type(v) is int and minimum <= v <= _MOST for v in value):
         return value  # the engine's own calls, thousands a second
     integer = (int, torch.SymInt, np.integer)
-    values = (
-        (value, value) if isinstance(value, integer) else tuple(value) if isinstance(value, Sequence) else ()
-    )
+    values = (value, value) if isinstance(value, integer) else tuple(value) if isinstance(value, Sequence) else ()
     if len(values) != 2 or not all(isinstance(v, integer) for v in values):
         raise ArgumentError(f"{name} must be an int or two (y, x), got {value!r}")
     if any(v < minimum for v in values):
@@ -51,9 +49,7 @@ def check_map(x: Any, name: str) -> None:
     if not isinstance(x, Tensor):
         raise ArgumentError(f"{name} must be a tensor or a DLPack array, got {type(x).__name__}")
     if x.dim() != 4:
-        raise ArgumentError(
-            f"{name} must be [N,C,H,W], got shape {list(x.shape)}; add the missing axes with unsqueeze"
-        )
+        raise ArgumentError(f"{name} must be [N,C,H,W], got shape {list(x.shape)}; add the missing axes with unsqueeze")
     if x.dtype not in FLOATS:
         raise ArgumentError(f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
     if x.shape[2] < 1 or x.shape[3] < 1:
@@ -62,23 +58,17 @@ def check_map(x: Any, name: str) -> None:
         raise ArgumentError(f"{name} must be on the CPU or a CUDA device, got {x.device}")
 
 
-def check_like(
-    tensor: Tensor, name: str, other: Tensor, other_name: str, *, shape: Sequence[int], dtype: torch.dtype
-) -> None:
+def check_like(tensor: Tensor, name: str, other: Tensor, other_name: str, *, shape: Sequence[int], dtype: torch.dtype) -> None:
     """tensor has this shape and dtype and lies on other's device."""
     if list(tensor.shape) != list(shape):
         raise ArgumentError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
     if tensor.dtype != dtype:
         raise ArgumentError(f"{name} must be {dtype}, got {tensor.dtype}")
     if tensor.device != other.device:
-        raise ArgumentError(
-            f"{name} is on {tensor.device} but {other_name} is on {other.device}; move one of them"
-        )
+        raise ArgumentError(f"{name} is on {tensor.device} but {other_name} is on {other.device}; move one of them")
 
 
-def check_outs(
-    outs: Sequence[tuple[str, Any, Sequence[int], torch.dtype]], like: Tensor, like_name: str
-) -> tuple[Tensor, ...]:
+def check_outs(outs: Sequence[tuple[str, Any, Sequence[int], torch.dtype]], like: Tensor, like_name: str) -> tuple[Tensor, ...]:
     """Each (name, tensor, shape, dtype) of an `out=` fits; -> the tensors."""
     for name, tensor, shape, dtype in outs:
         if not isinstance(tensor, Tensor):

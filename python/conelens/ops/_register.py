@@ -63,9 +63,7 @@ class Operator:
         OPERATORS[self.name] = self
 
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-        torch.library.register_autograd(
-            f"conelens::{self.name}", backward, setup_context=setup_context, lib=LIBRARY
-        )
+        torch.library.register_autograd(f"conelens::{self.name}", backward, setup_context=setup_context, lib=LIBRARY)
 
     def __call__(self, *args: Any) -> Any:
         if not _watched() and not torch.is_grad_enabled() and _plain(args[0]):
@@ -75,9 +73,7 @@ class Operator:
     def into(self, out: tuple[Tensor, ...], *args: Any) -> None:
         """Write the results into `out`; no gradients flow through it, so none may be asked for."""
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            raise ArgumentError(
-                f"{self.name}: out= cannot be differentiated; leave it out, or use torch.no_grad()"
-            )
+            raise ArgumentError(f"{self.name}: out= cannot be differentiated; leave it out, or use torch.no_grad()")
         self._writing(*args, **dict(zip(self._out_names, out, strict=True)))
 
     def _run(self, *args: Any) -> Any:

@@ -105,15 +105,11 @@ def _geometry(
     window = _pool_window(pool)
     to = None if output_size is None else arguments.pair(output_size, "output_size", 1)
     if to is not None and output_padding not in (0, (0, 0), [0, 0]):
-        raise ArgumentError(
-            "output_padding and output_size both decide the size of the result: give one of them"
-        )
+        raise ArgumentError("output_padding and output_size both decide the size of the result: give one of them")
     if map_size is not None:
         on = arguments.pair(map_size, "map_size", 1)
         if window is None and not windowed and on != sizes[2:]:
-            raise ArgumentError(
-                f"map_size is {on}, but y without pool and origin is the whole map, {sizes[2:]}"
-            )
+            raise ArgumentError(f"map_size is {on}, but y without pool and origin is the whole map, {sizes[2:]}")
     elif window is not None or windowed:
         on = _map_size(kernel, step, pad, spread, to)
     if to is None:
@@ -123,13 +119,9 @@ def _geometry(
 
 def _check_weight(weight: Any, y: Tensor, groups: int) -> None:
     if not isinstance(weight, Tensor) or weight.dim() != 4:
-        raise ArgumentError(
-            f"weight must be a tensor [Ci,Co/groups,kh,kw], got {getattr(weight, 'shape', weight)!r}"
-        )
+        raise ArgumentError(f"weight must be a tensor [Ci,Co/groups,kh,kw], got {getattr(weight, 'shape', weight)!r}")
     if weight.dtype != y.dtype or weight.device != y.device:
-        raise ArgumentError(
-            f"weight is {weight.dtype} on {weight.device} but y is {y.dtype} on {y.device}; make them alike"
-        )
+        raise ArgumentError(f"weight is {weight.dtype} on {weight.device} but y is {y.dtype} on {y.device}; make them alike")
     if groups < 1 or y.shape[1] % groups != 0:
         raise ArgumentError(f"groups must divide y's {y.shape[1]} channels, got {groups}")
     if y.shape[1] == 0:
@@ -157,26 +149,20 @@ def _pool_window(pool: Any) -> tuple[int, ...] | None:
     if pool is None:
         return None
     names = (("kernel_size", 1), ("stride", 1), ("padding", 0), ("dilation", 1))
-    pairs = (
-        arguments.pair(value, f"pool {name}", least) for value, (name, least) in zip(pool, names, strict=True)
-    )
+    pairs = (arguments.pair(value, f"pool {name}", least) for value, (name, least) in zip(pool, names, strict=True))
     return tuple(v for pair in pairs for v in pair)
 
 
 def _map_size(kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, to: Pair | None) -> Pair:
     """Size of the map the filter acts on: what the forward convolution makes of output_size."""
     if to is None:
-        raise ArgumentError(
-            "with pool or origin, give output_size (of the map written) or map_size (of the map read)"
-        )
+        raise ArgumentError("with pool or origin, give output_size (of the map written) or map_size (of the map read)")
     height, width = (
         (size + 2 * p - d * (k - 1) - 1) // s + 1
         for size, k, s, p, d in zip(to, kernel, stride, padding, dilation, strict=True)
     )
     if height < 1 or width < 1:
-        raise ArgumentError(
-            f"output_size {to} is smaller than the filter {kernel} with this padding; give map_size"
-        )
+        raise ArgumentError(f"output_size {to} is smaller than the filter {kernel} with this padding; give map_size")
     return height, width
 
 
@@ -190,12 +176,8 @@ def _output_size(on: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: 
     return height, width
 
 
-def _natural_size(
-    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
-) -> Pair:
-    height, width = (
-        (n - 1) * s + d * (k - 1) + 1 for n, k, s, d in zip(size, kernel, stride, dilation, strict=True)
-    )
+def _natural_size(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Pair:
+    height, width = ((n - 1) * s + d * (k - 1) + 1 for n, k, s, d in zip(size, kernel, stride, dilation, strict=True))
     return height, width
 
 
@@ -312,9 +294,7 @@ def _compiled(
     if not lists:
         return _dense(y, weight, stride, padding, groups, dilation, output_size, map_size, relu, origin)
     if out is None:
-        out = arguments.empty(
-            _output_shape(y, weight, stride, groups, dilation, output_size, pool, origin), y
-        )
+        out = arguments.empty(_output_shape(y, weight, stride, groups, dilation, output_size, pool, origin), y)
     window = (stride, padding, groups, dilation, output_size, map_size)
     valid = native.module.deconv2d(  # type: ignore[union-attr]
         y, weight, out, *window, pool, switches, relu, origin, native.context(y.device)
@@ -345,9 +325,7 @@ def _cuda(
     stride, _, groups, dilation, output_size = window
     if cuda_kernel_fits(y, weight, stride, groups, dilation):
         if out is None:
-            out = arguments.empty(
-                _output_shape(y, weight, stride, groups, dilation, output_size, None, origin), y
-            )
+            out = arguments.empty(_output_shape(y, weight, stride, groups, dilation, output_size, None, origin), y)
         native.module.deconv2d(  # type: ignore[union-attr]
             y, weight, out, *window, map_size, None, None, relu, origin, native.context(y.device)
         )

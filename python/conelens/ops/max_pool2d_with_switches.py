@@ -82,9 +82,7 @@ def _output_shape(
         k, s, p, d = kernel[axis], stride[axis], padding[axis], dilation[axis]
         length = reference.output_length(size, k, s, p, d, ceil_mode)
         if length < 1:
-            raise ArgumentError(
-                f"x is too small: {name} {size} with padding {p} is shorter than a window of {d * (k - 1) + 1}"
-            )
+            raise ArgumentError(f"x is too small: {name} {size} with padding {p} is shorter than a window of {d * (k - 1) + 1}")
         # only windows that start in the near padding, and the last one, can miss the map
         for window in [*range(min(length, -(-p // s))), length - 1]:
             start = window * s - p
@@ -98,13 +96,9 @@ def _output_shape(
     return x.shape[0], x.shape[1], sizes[0], sizes[1]
 
 
-def _allocate(
-    x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
-) -> PooledSwitches:
+def _allocate(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool) -> PooledSwitches:
     shape = _output_shape(x, kernel, stride, padding, dilation, ceil_mode)
-    return PooledSwitches(
-        arguments.empty(shape, x), arguments.empty(shape, x, dtype=reference.switch_dtype(kernel))
-    )
+    return PooledSwitches(arguments.empty(shape, x), arguments.empty(shape, x, dtype=reference.switch_dtype(kernel)))
 
 
 def _fake(
@@ -139,9 +133,7 @@ def _reference(
     x: Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool, relu: bool
 ) -> tuple[Tensor, Tensor]:
     _output_shape(x, kernel_size, stride, padding, dilation, ceil_mode)
-    pooled, switches = reference.max_pool2d_with_switches(
-        x, kernel_size, stride, padding, dilation, ceil_mode, relu
-    )
+    pooled, switches = reference.max_pool2d_with_switches(x, kernel_size, stride, padding, dilation, ceil_mode, relu)
     layout = torch.channels_last if arguments.is_channels_last(x) else torch.contiguous_format
     return pooled.contiguous(memory_format=layout), switches.contiguous(memory_format=layout)
 

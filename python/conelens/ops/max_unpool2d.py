@@ -73,18 +73,14 @@ def check_switches(switches: Tensor, pooled: Tensor, kernel: Pair) -> None:
         )
     if not isinstance(switches, Tensor):
         raise ArgumentError(f"switches must be a tensor, got {type(switches).__name__}")
-    arguments.check_like(
-        switches, "switches", pooled, "pooled", shape=pooled.shape, dtype=switch_dtype(kernel)
-    )
+    arguments.check_like(switches, "switches", pooled, "pooled", shape=pooled.shape, dtype=switch_dtype(kernel))
 
 
 def check_origin(origin: Tensor | None, like: Tensor) -> None:
     if origin is None:
         return
     if not isinstance(origin, Tensor) or origin.dtype not in (torch.int32, torch.int64):
-        raise ArgumentError(
-            f"origin must be an int32 or int64 tensor [N,2], got {getattr(origin, 'dtype', origin)}"
-        )
+        raise ArgumentError(f"origin must be an int32 or int64 tensor [N,2], got {getattr(origin, 'dtype', origin)}")
     arguments.check_like(origin, "origin", like, "pooled", shape=(like.shape[0], 2), dtype=origin.dtype)
 
 
