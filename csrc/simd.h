@@ -8,6 +8,10 @@
 #include <type_traits>
 #include <utility>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #include "dtype.h"
 
 namespace conelens {
@@ -22,6 +26,7 @@ constexpr int kVectorBytes = 16;
 #endif
 
 #define CONELENS_INLINE inline __attribute__((always_inline, unused))
+#define CONELENS_INLINE_LAMBDA __attribute__((always_inline))
 
 template <class T, int lanes>
 struct VectorOf {
@@ -76,6 +81,15 @@ CONELENS_INLINE Vec<To, lanes> convert(const Vec<From, lanes>& v) {
   } else if constexpr (sizeof(To) > 2 * sizeof(From)) {
     using Next = typename UintOfBytes<2 * sizeof(From)>::type;
     return convert<lanes, To, Next>(__builtin_convertvector(v, Vec<Next, lanes>));
+#if defined(__AVX512BW__)
+  } else if constexpr (sizeof(To) == 1 && sizeof(From) == 2 && lanes == 32) {
+    return (Vec<To, lanes>)_mm512_cvtepi16_epi8((__m512i)v);
+  } else if constexpr (sizeof(To) == 1 && sizeof(From) == 4 && lanes == 16) {
+    return (Vec<To, lanes>)_mm512_cvtepi32_epi8((__m512i)v);
+  } else if constexpr (sizeof(To) == 1 && sizeof(From) == 8 && lanes == 8) {
+    const __m128i bytes = _mm512_cvtepi64_epi8((__m512i)v);
+    return load_vec<Vec<To, lanes>>(&bytes);
+#endif
   } else if constexpr (2 * sizeof(To) < sizeof(From)) {
     using Next = typename UintOfBytes<sizeof(From) / 2>::type;
     return convert<lanes, To, Next>(__builtin_convertvector(v, Vec<Next, lanes>));

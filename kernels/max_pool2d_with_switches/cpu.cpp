@@ -71,45 +71,63 @@ struct Taps {
   int64_t y0, y1, x0, x1, width;
 };
 
-// Compares the taps in row-major order: the first maximum wins, or else the last NaN. `load(ky, kx)` gives
-// the cells. Rectifying the first value is enough: only larger ones replace it.
-template <class T, int lanes, int fixed_width, class Load>
-CONELENS_INLINE void pool_windows(const Taps& taps, bool relu, const Load& load, T* pooled,
-                                  uint8_t* switches8, int32_t* switches32) {
+// The best of `lanes` windows so far. Taps come in row-major order: the first maximum wins, or else the last
+// NaN.
+template <class T, int lanes>
+struct Peak {
   using O = Order<T, lanes>;
   using Cell = typename O::Cell;
   using Key = typename O::Key;
-  using Index = Vec<IntLike<Cell>, lanes>;
-  const int64_t width = fixed_width ? fixed_width : taps.width;
-  Key best = O::key(load(taps.y0, taps.x0));
-  if (relu) best = best < Key{} ? Key{} : best;
-  Index index = Index{} + static_cast<IntLike<Cell>>(taps.y0 * width + taps.x0);
-  int32_t wide_index = static_cast<int32_t>(taps.y0 * width + taps.x0);
-  for (int64_t ky = taps.y0; ky < taps.y1; ++ky) {
-    for (int64_t kx = taps.x0; kx < taps.x1; ++kx) {
-      const Key key = O::key(load(ky, kx));
-      const auto wins = (key > best) | O::is_nan(key);
-      best = wins ? key : best;
-      if constexpr (lanes == 1) {
-        wide_index = wins ? static_cast<int32_t>(ky * width + kx) : wide_index;
-      } else {
-        const Index tap = Index{} + static_cast<IntLike<Cell>>(ky * width + kx);
-        index = wins ? tap : index;
-      }
+  using Index = std::conditional_t<lanes == 1, int32_t, Vec<IntLike<Cell>, lanes>>;
+  Key best;
+  Index index;
+
+  // Rectifying the first value is enough: only larger ones replace it.
+  CONELENS_INLINE void start(Key cell, int64_t tap, bool relu) {
+    best = O::key(cell);
+    if (relu) best = best < Key{} ? Key{} : best;
+    index = broadcast(tap);
+  }
+  CONELENS_INLINE void compare(Key cell, int64_t tap) {
+    const Key key = O::key(cell);
+    const auto wins = (key > best) | O::is_nan(key);
+    best = wins ? key : best;
+    index = wins ? broadcast(tap) : index;
+  }
+  CONELENS_INLINE void store(T* pooled, uint8_t* switches8, int32_t* switches32) const {
+    store_vec(pooled, O::value(best));
+    if constexpr (lanes == 1) {
+      if (switches32)
+        *switches32 = index;
+      else
+        *switches8 = static_cast<uint8_t>(index);
+    } else {
+      using Bits = typename UintOfBytes<sizeof(Cell)>::type;
+      store_vec(switches8, convert<lanes, uint8_t, Bits>((Vec<Bits, lanes>)index));
     }
   }
-  store_vec(pooled, O::value(best));
-  if constexpr (lanes == 1) {
-    if (switches32)
-      *switches32 = wide_index;
+
+ private:
+  static CONELENS_INLINE Index broadcast(int64_t tap) {
+    if constexpr (lanes == 1)
+      return static_cast<int32_t>(tap);
     else
-      *switches8 = static_cast<uint8_t>(wide_index);
-  } else {
-    using Bits = typename UintOfBytes<sizeof(Cell)>::type;
-    store_vec(switches8, convert<lanes, uint8_t, Bits>((Vec<Bits, lanes>)index));
+      return Index{} + static_cast<IntLike<Cell>>(tap);
   }
+};
+
+// `load(ky, kx)` gives the cells.
+template <class T, int lanes, class Load>
+CONELENS_INLINE void pool_windows(const Taps& taps, bool relu, const Load& load, T* pooled,
+                                  uint8_t* switches8, int32_t* switches32) {
+  Peak<T, lanes> peak;
+  peak.start(load(taps.y0, taps.x0), taps.y0 * taps.width + taps.x0, relu);
+  for (int64_t ky = taps.y0; ky < taps.y1; ++ky)
+    for (int64_t kx = taps.x0; kx < taps.x1; ++kx) peak.compare(load(ky, kx), ky * taps.width + kx);
+  peak.store(pooled, switches8, switches32);
 }
 
+constexpr int64_t kBlock = 2048;  // windows of a row that wait side by side, in the first-level cache
 template <class T>
 constexpr int full_lanes = kVectorBytes / static_cast<int>(sizeof(T));
 
@@ -131,44 +149,78 @@ Interior interior(const Params& p) {
   return begin < end ? Interior{begin, end} : Interior{p.out_width, p.out_width};
 }
 
-// One row of pooled cells. `x` is the input map's first cell of this plane.
-template <class T, int step, int fixed_width>
+// One row of pooled cells. `x` is the input map's first cell of this plane; `fixed` the taps per row, 0: any
+// number.
+//
+// The map is read strictly row after row, by the same instructions, and the peaks so far wait in a buffer:
+// reading the window's rows side by side took twice as long from memory, as prefetchers lose their way at the
+// ends of short rows.
+template <class T, int step, int fixed>
 void pool_row(const Params& p, const Interior& inner, const T* x, int64_t row, T* pooled, void* switches) {
   using Cell = typename Order<T, 1>::Cell;
   const int64_t start_y = row * p.stride[0] - p.padding[0];
-  const int64_t step_x = p.stride[1], spread = p.dilation[1], width = fixed_width ? fixed_width : p.kernel[1];
-  const Taps all{pool::first_tap(start_y, p.dilation[0]),
-                 pool::end_tap(start_y, p.dilation[0], p.kernel[0], p.height), 0, width, width};
+  const int64_t step_x = p.stride[1], spread = p.dilation[1], width = fixed ? fixed : p.kernel[1];
+  const int64_t y0 = pool::first_tap(start_y, p.dilation[0]);
+  const int64_t y1 = pool::end_tap(start_y, p.dilation[0], p.kernel[0], p.height);
   uint8_t* switches8 = p.switch_bytes == 1 ? static_cast<uint8_t*>(switches) : nullptr;
   int32_t* switches32 = p.switch_bytes == 1 ? nullptr : static_cast<int32_t*>(switches);
-  const Cell* map = reinterpret_cast<const Cell*>(x);
   const int64_t row_stride = p.x_stride[2] * p.dilation[0];
-  const Cell* first_row = map + start_y * p.x_stride[2];  // may lie before the map: only taps inside are read
+  // may lie before the map: only taps inside are read
+  const Cell* first_row = reinterpret_cast<const Cell*>(x) + start_y * p.x_stride[2];
 
-  const auto at = [&](auto lanes, int64_t column, const Taps& taps) {
-    constexpr int n = decltype(lanes)::value;
-    const int64_t start_x = column * step_x - p.padding[1];
-    const auto load = [&](int64_t ky, int64_t kx) {
-      return load_tap<Cell, n, step>(first_row + ky * row_stride + start_x, kx * spread, step_x, kx == 0);
-    };
-    pool_windows<T, n, fixed_width>(taps, p.relu, load, pooled + column,
-                                    switches8 ? switches8 + column : nullptr,
-                                    switches32 ? switches32 + column : nullptr);
-  };
   const auto edge = [&](int64_t column) {
     const int64_t start_x = column * step_x - p.padding[1];
-    Taps taps = all;
-    taps.x0 = pool::first_tap(start_x, spread);
-    taps.x1 = pool::end_tap(start_x, spread, width, p.width);
-    at(Lanes<1>{}, column, taps);
+    const Taps taps{y0, y1, pool::first_tap(start_x, spread), pool::end_tap(start_x, spread, width, p.width),
+                    width};
+    const auto load = [&](int64_t ky, int64_t kx) {
+      return first_row[ky * row_stride + start_x + kx * spread];
+    };
+    pool_windows<T, 1>(taps, p.relu, load, pooled + column, switches8 ? switches8 + column : nullptr,
+                       switches32 ? switches32 + column : nullptr);
   };
   for (int64_t column = 0; column < inner.begin; ++column) edge(column);
-  in_vectors<full_lanes<T>>(inner.end - inner.begin,
-                            [&](auto lanes, int64_t i) { at(lanes, inner.begin + i, all); });
   for (int64_t column = inner.end; column < p.out_width; ++column) edge(column);
+
+  Cell waiting[kBlock];
+  IntLike<Cell> waiting_index[kBlock];
+  for (int64_t begin = inner.begin; begin < inner.end; begin += kBlock) {
+    const int64_t count = inner.end - begin < kBlock ? inner.end - begin : kBlock;
+    const Cell* line = first_row + y0 * row_stride + begin * step_x - p.padding[1];
+    for (int64_t ky = y0; ky < y1; ++ky, line += row_stride) {
+      in_vectors<full_lanes<T>>(count, [&](auto lanes, int64_t i) CONELENS_INLINE_LAMBDA {
+        constexpr int n = decltype(lanes)::value;
+        using P = Peak<T, n>;
+        P peak;
+        const auto load = [&](int64_t kx) CONELENS_INLINE_LAMBDA {
+          return load_tap<Cell, n, step>(line + i * step_x, kx * spread, step_x, kx == 0);
+        };
+        const auto first = load(0);
+        if (ky == y0) {
+          peak.start(first, ky * width, p.relu);
+        } else {
+          peak.best = load_vec<typename P::Key>(waiting + i);
+          if constexpr (n == 1)
+            peak.index = waiting_index[i];
+          else
+            peak.index = load_vec<typename P::Index>(waiting_index + i);
+        }
+        peak.compare(first, ky * width);
+        for (int64_t kx = 1; kx < width; ++kx) peak.compare(load(kx), ky * width + kx);
+        if (ky + 1 == y1) {
+          peak.store(pooled + begin + i, switches8 + begin + i, nullptr);
+        } else {
+          store_vec(waiting + i, peak.best);
+          if constexpr (n == 1)
+            waiting_index[i] = static_cast<IntLike<Cell>>(peak.index);
+          else
+            store_vec(waiting_index + i, peak.index);
+        }
+      });
+    }
+  }
 }
 
-template <class T, int step, int fixed_width>
+template <class T, int step, int fixed>
 void pool_planes(const Params& p, int threads) {
   const Interior inner = interior(p);
   const int64_t rows = p.batch * p.channels * p.out_height;
@@ -181,8 +233,8 @@ void pool_planes(const Params& p, int threads) {
       T* pooled = static_cast<T*>(p.pooled) + n * p.pooled_stride[0] + c * p.pooled_stride[1] +
                   row * p.pooled_stride[2];
       const int64_t at = n * p.switches_stride[0] + c * p.switches_stride[1] + row * p.switches_stride[2];
-      pool_row<T, step, fixed_width>(p, inner, x, row, pooled,
-                                     static_cast<char*>(p.switches) + at * p.switch_bytes);
+      pool_row<T, step, fixed>(p, inner, x, row, pooled,
+                               static_cast<char*>(p.switches) + at * p.switch_bytes);
     }
   });
 }
@@ -218,8 +270,8 @@ void pool_channels(const Params& p, int threads) {
           return load_vec<Vec<Cell, count>>(window + ky * p.dilation[0] * p.x_stride[2] +
                                             kx * p.dilation[1] * p.x_stride[3] + c);
         };
-        pool_windows<T, count, 0>(taps, p.relu, load, pooled + c, switches8 ? switches8 + c : nullptr,
-                                  switches32 ? switches32 + c : nullptr);
+        pool_windows<T, count>(taps, p.relu, load, pooled + c, switches8 ? switches8 + c : nullptr,
+                               switches32 ? switches32 + c : nullptr);
       };
       if (switches32)
         for (int64_t c = 0; c < p.channels; ++c) at(Lanes<1>{}, c);
