@@ -75,9 +75,7 @@ def _gather(x: Tensor, offset: np.ndarray, size: Pair, fill: float, rows: Tensor
         cells = offset[:, axis, None] + np.arange(size[axis])
         valid.append(torch.from_numpy((cells >= 0) & (cells < x.shape[2 + axis])).to(device))
         index.append(torch.from_numpy(np.clip(cells, 0, x.shape[2 + axis] - 1)).to(device))
-    windows = x.permute(0, 2, 3, 1)[rows[:, None, None], index[0][:, :, None], index[1][:, None, :]].permute(
-        0, 3, 1, 2
-    )
+    windows = x.permute(0, 2, 3, 1)[rows[:, None, None], index[0][:, :, None], index[1][:, None, :]].permute(0, 3, 1, 2)
     mask = valid[0][:, None, :, None] & valid[1][:, None, None, :]
     return windows if bool(mask.all()) else windows.masked_fill(~mask, fill)
 
@@ -143,7 +141,7 @@ def _prepared(graph: Graph, index: int, affine: int | None) -> Conv2d:
         op, behind = graph[index].op, None if affine is None else graph[affine].op
         assert isinstance(op, Conv2d)
         if isinstance(behind, Affine):
-            op = op.folded(behind)
+            op = op.folded(behind.factor, behind.shift)
         if op.weight.device.type == "cpu" and op.weight.dtype != torch.float64:
             op = replace(op, weight=op.weight.contiguous(memory_format=torch.channels_last))
         return op
@@ -368,9 +366,7 @@ def _place(data: Tensor, edge: Edge, held: Pair) -> Tensor:
     return take(data, back, held)
 
 
-def _send(
-    graph: Graph, plan: ConePlan, index: int, signal: Signal, step: Step, todo: Schedule
-) -> list[Signal | None]:
+def _send(graph: Graph, plan: ConePlan, index: int, signal: Signal, step: Step, todo: Schedule) -> list[Signal | None]:
     """Signals for the inputs of one node, on the windows held for them."""
     op, edges = todo.ready.get(index, graph[index].op), plan.edges[index]
     if isinstance(op, Affine) and index in todo.passed:
@@ -405,8 +401,7 @@ def _send(
         return [Signal(_place(_through_filters(op, signal, (0, 0), edges[0].size), edges[0], held[0]))]
     sent = op.topdown(signal.settle(), step)
     return [
-        None if part is None else Signal(_place(part, edge, size))
-        for part, edge, size in zip(sent, edges, held, strict=True)
+        None if part is None else Signal(_place(part, edge, size)) for part, edge, size in zip(sent, edges, held, strict=True)
     ]
 
 

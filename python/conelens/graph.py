@@ -34,6 +34,7 @@ class Graph:
     def __init__(self) -> None:
         self.nodes: list[Node] = []
         self.outputs: list[int] = []
+        self.output_leaves: list[int] = []  # where each of them stands among the tensors that the model returns
         self._memo: dict[Hashable, Any] = {}
 
     def add(self, op: Operator, inputs: tuple[int, ...], shape: tuple[int, int, int], vector: bool = False) -> Node:

@@ -179,6 +179,8 @@ def trace(
         _require_rules(graph)
         _verify(network, model, probe)
     for alias, layer in (names or {}).items():
+        if alias in network._names and network.node(alias) is not network.node(layer):
+            raise ArgumentError(f"names: {alias!r} is already the layer {network.node(alias).name}; choose another alias")
         network.node(layer).aliases.append(alias)
     return Network(graph, probe.dtype, probe.device) if names else network
 
@@ -241,8 +243,9 @@ def _verify(network: Network, model: nn.Module, probe: Tensor) -> None:
         return hook
 
     with torch.no_grad():
-        expected, found = _first(model, other), network(other)
-        if _close(found, expected) or _chaotic(model, other, found, expected):
+        leaf = network.graph.output_leaves[0]
+        expected, found = _output(model, other, leaf), network(other)
+        if _close(found, expected) or _chaotic(model, other, leaf, found, expected):
             return
         for path, module in model.named_modules():
             handles.append(module.register_forward_hook(watch(path)))
@@ -260,15 +263,15 @@ def _verify(network: Network, model: nn.Module, probe: Tensor) -> None:
     )
 
 
-def _first(model: nn.Module, images: Tensor) -> Tensor:
-    return next(iter(_leaves(model(images.clone()))))
+def _output(model: nn.Module, images: Tensor, leaf: int) -> Tensor:
+    return list(_leaves(model(images.clone())))[leaf]
 
 
-def _chaotic(model: nn.Module, images: Tensor, found: Tensor, expected: Tensor) -> bool:
+def _chaotic(model: nn.Module, images: Tensor, leaf: int, found: Tensor, expected: Tensor) -> bool:
     """Does the difference vanish beside what one unit in the last place of the images does? Random deep networks can be so."""
-    if found.numel() != expected.numel() or not torch.equal(_first(model, images), expected):
+    if found.numel() != expected.numel() or not torch.equal(_output(model, images, leaf), expected):
         return False
-    moved = _first(model, images * (1 + torch.finfo(images.dtype).eps))
+    moved = _output(model, images * (1 + torch.finfo(images.dtype).eps), leaf)
     difference = (found.reshape(expected.shape).double() - expected.double()).norm()
     return bool(difference <= 100 * (moved.double() - expected.double()).norm())
 

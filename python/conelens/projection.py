@@ -118,7 +118,10 @@ def project(
 
 
 def _warn_dead(result: Projection, layer: str, channels: np.ndarray) -> None:
-    dead = np.flatnonzero(result.values.cpu().numpy() <= 0).tolist()
+    values = result.values.float().cpu().numpy()
+    if np.isnan(values).any():
+        raise ArgumentError(f"{layer} gives NaN for finite images; its weights or their dtype overflow")
+    dead = np.flatnonzero(values <= 0).tolist()
     if dead:
         named = ", ".join(f"{layer}[{int(channels[u])}] at {tuple(result.positions[u].tolist())}" for u in dead[:3])
         more = f" and {len(dead) - 3} more" if len(dead) > 3 else ""

@@ -268,3 +268,11 @@ def test_autocast_and_inference_mode_of_the_caller_change_nothing(images: Tensor
     assert torch.equal(cast.crops, plain.crops)
     assert torch.equal(conelens.project(net, x, "last", 1).crops, plain.crops)
     assert table.top("last", 1)[0].value == plain.values.max()
+
+
+def test_a_network_that_gives_nan_is_named() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 1, 1)).eval()
+    net = conelens.trace(model, (1, 3, 3))
+    net.graph[1].op.weight.data.fill_(float("nan"))
+    with pytest.raises(conelens.ArgumentError, match="0 gives NaN"):
+        conelens.project(net, torch.ones(1, 1, 3, 3), "0", 0, (1, 1))

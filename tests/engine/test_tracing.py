@@ -699,3 +699,43 @@ def test_further_names_are_aliases() -> None:
     assert net["edges"].index == net["0"].index
     with pytest.raises(conelens.LayerError, match="got '7'"):
         conelens.trace(model, (1, 5, 5), names={"edges": "7"})
+
+
+def test_a_failed_trace_leaves_no_hooks_behind() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), torch.jit.script(nn.ReLU())).eval()
+    with pytest.raises(conelens.UnsupportedOperatorError, match="TorchScript"):
+        conelens.trace(model, (3, 5, 5))
+    assert not model[0]._forward_hooks
+    assert not model[0]._forward_pre_hooks
+
+
+def test_writing_into_a_part_is_refused() -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(x)
+            y[:, 0] = 0
+            return y
+
+    with pytest.raises(conelens.UnsupportedOperatorError, match="writes into a part"):
+        conelens.trace(Net(), (3, 5, 5))
+
+
+def test_a_constant_beside_the_map_is_no_output() -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return torch.zeros(3), torch.relu(x)
+
+    x = torch.randn(1, 2, 4, 4)
+    assert torch.equal(conelens.trace(Net(), (2, 4, 4))(x), x.clamp_min(0))
+
+
+def test_a_name_in_use_is_no_alias_of_another_layer() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()).eval()
+    with pytest.raises(conelens.ArgumentError, match="'1' is already the layer"):
+        conelens.trace(model, (1, 5, 5), names={"1": "0"})
+
+
+def test_large_maps_are_probed_in_parts() -> None:
+    net = conelens.trace(nn.AvgPool2d(3, 2, 1).eval(), (1, 1500, 1500))
+    x = torch.randn(1, 1, 1500, 1500)
+    assert torch.allclose(net(x), nn.functional.avg_pool2d(x, 3, 2, 1), atol=1e-6)

@@ -117,11 +117,15 @@ def _separable(rec: Recorder, out: Tensor, x: Tensor, kind: str, function: Calla
     # Dividing by the response to a constant along the other axis leaves each axis its own, correctly
     # normalised share.
     ones = function(torch.ones(1, 1, height, width, dtype=torch.float64))
-    rows = function(torch.eye(height, dtype=torch.float64)[:, None, :, None].expand(height, 1, height, width))
-    columns = function(torch.eye(width, dtype=torch.float64)[:, None, None, :].expand(width, 1, height, width))
     at_y, at_x = (int(v) for v in torch.nonzero(ones[0, 0] == ones[0, 0].max())[0])
-    peak = ones[0, 0, at_y, at_x]
-    op = Spatial((rows[:, 0, :, at_x] / peak).T.contiguous(), columns[:, 0, at_y, :].T.contiguous(), kind=kind, **extra)
+    few = max(1, 2**22 // (height * width))  # probes at a time, so that large maps take no gigabytes
+    rows, columns = [], []
+    for unit in torch.eye(height, dtype=torch.float64).split(few):
+        rows.append(function(unit[:, None, :, None].expand(-1, 1, height, width))[:, 0, :, at_x].clone())
+    for unit in torch.eye(width, dtype=torch.float64).split(few):
+        columns.append(function(unit[:, None, None, :].expand(-1, 1, height, width))[:, 0, at_y, :].clone())
+    share = torch.cat(rows).T / ones[0, 0, at_y, at_x]
+    op = Spatial(share.contiguous(), torch.cat(columns).T.contiguous(), kind=kind, **extra)
     return emit_like(rec, out, op, node)
 
 

@@ -49,6 +49,7 @@ class Recorder(TorchFunctionMode):
         self.stack: list[str] = [""]
         self.calls: Counter[str] = Counter()
         self._labels: dict[int, list[str]] = {}
+        self._hooks: list[Any] = []
 
     # --- what tensors mean ----------------------------------------------------------------------------------
 
@@ -177,6 +178,8 @@ class Recorder(TorchFunctionMode):
                     f"{self.here}: the model reads values of an activation into Python ({name}), so its "
                     "graph depends on the data"
                 )
+            if name == "__setitem__":
+                raise UnsupportedOperatorError(f"{self.here}: writes into a part of a tensor; build the result out of place")
             result = func(*args, **kwargs)
             if not any(True for _ in _tensors(result)):
                 return result
@@ -220,17 +223,19 @@ class Recorder(TorchFunctionMode):
 
     # --- names ----------------------------------------------------------------------------------------------
 
-    def watch(self, model: nn.Module) -> list[Any]:
-        """Hook every module; returns the handles to remove."""
-        handles = []
+    def watch(self, model: nn.Module) -> None:
+        """Hook every module, until :meth:`unwatch`."""
         for path, module in model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 raise UnsupportedOperatorError(
                     f"{path or 'the model'} is a TorchScript module, whose calls cannot be seen; pass the original nn.Module"
                 )
-            handles.append(module.register_forward_pre_hook(self._enter(path)))
-            handles.append(module.register_forward_hook(self._leave(not any(module.children()))))
-        return handles
+            self._hooks.append(module.register_forward_pre_hook(self._enter(path)))
+            self._hooks.append(module.register_forward_hook(self._leave(not any(module.children()))))
+
+    def unwatch(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
     def _enter(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
@@ -264,9 +269,9 @@ class Recorder(TorchFunctionMode):
             if labels[0] == parent:
                 node.name, labels = labels[0], labels[1:]
             node.aliases = [label for label in dict.fromkeys(labels) if label != node.name]
-        for tensor in _tensors(output):
-            meaning = self.meaning(tensor)
-            if meaning is not None:
+        for leaf, tensor in enumerate(_tensors(output)):
+            if self.meaning(tensor) is not None:
+                self.graph.output_leaves.append(leaf)
                 self.graph.outputs.append(self.map_of(tensor, "the model's output").index)
         if not self.graph.outputs:
             raise TraceError(
@@ -280,16 +285,15 @@ def record(model: nn.Module, example: Tensor, rules: Mapping[str, Callable[..., 
     if example.ndim != 4 or example.shape[0] < 2:
         raise ArgumentError(f"example: got shape {tuple(example.shape)}, wanted [N >= 2, C, H, W]")
     recorder = Recorder(rules, policy)
-    handles = recorder.watch(model)
     try:
+        recorder.watch(model)
         with torch.no_grad():
             x = recorder.start(example)
             with recorder:
                 output = model(x)
             return recorder.finish(output), output
     finally:
-        for handle in handles:
-            handle.remove()
+        recorder.unwatch()
 
 
 # Calls that carry values of a tensor into Python, where they could decide anything.
