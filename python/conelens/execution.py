@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,9 +37,9 @@ from conelens.operators import (
 Observer = Callable[[int, Tensor], None]
 
 
-def exact_dtype(device: torch.device) -> torch.autocast:
+def exact_dtype(device: torch.device) -> AbstractContextManager[Any]:
     """A block in which the caller's autocast does not reach the network: results are in the dtype that was traced."""
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 def take(x: Tensor, offset: Offset, size: Pair, fill: float = 0.0, rows: Tensor | None = None) -> Tensor:

@@ -23,8 +23,10 @@ _HUGE = 4 << 20  # bytes from which a fresh CPU output asks for huge pages
 
 def pair(value: int | Sequence[int], name: str, minimum: int) -> Pair:
     """An int or two of them -> (y, x); each at least `minimum`."""
-    if type(value) is tuple and len(value) == 2 and all(type(v) is int and minimum <= v <= _MOST for v in value):
-        return value  # the engine's own calls, thousands a second
+    if type(value) is tuple and len(value) == 2:
+        y, x = value
+        if type(y) is int and type(x) is int and minimum <= y <= _MOST and minimum <= x <= _MOST:
+            return value  # the engine's own calls, thousands a second
     integer = (int, torch.SymInt, np.integer)
     values = (value, value) if isinstance(value, integer) else tuple(value) if isinstance(value, Sequence) else ()
     if len(values) != 2 or not all(isinstance(v, integer) for v in values):
