@@ -91,14 +91,18 @@ class PeakTable:
 
     ``a + b`` merges tables of disjoint images; it is associative and does not depend on order, so a data set may be cut in any
     way. Ties are ordered by image, then y, then x. Only positive activity counts: a channel that never fires has no peaks.
-    ``seen`` images went in.
+    ``seen`` images went in; ``source`` is a fingerprint of what they and the network are ("": none was given).
     """
 
-    def __init__(self, layers: dict[str, LayerPeaks], k: int, distinct: str, seen: int = 0) -> None:
+    def __init__(self, layers: dict[str, LayerPeaks], k: int, distinct: str, seen: int = 0, source: str = "") -> None:
         self.layers = layers
         self.k = k
         self.distinct = distinct
         self.seen = seen
+        self.source = source
+
+    def __repr__(self) -> str:
+        return f"PeakTable({', '.join(self.layers)}; k={self.k}, distinct={self.distinct!r}, {self.seen} images seen)"
 
     def top(self, layer: str, channel: int, k: int | None = None) -> list[Peak]:
         """The strongest peaks of a channel, best first; fewer than k where it fired in fewer images."""
@@ -118,12 +122,16 @@ class PeakTable:
         mine, theirs = ((t.k, t.distinct, {n: len(p.value) for n, p in t.layers.items()}) for t in (self, other))
         if mine != theirs:
             raise ArgumentError(f"tables differ in k, distinct or layers: {mine} and {theirs}; merge tables of one kind")
+        if self.source != other.source:
+            raise ArgumentError(
+                f"tables differ in source: {self.source!r} and {other.source!r}; merge tables of one network and data set"
+            )
         layers = {name: peaks.joined(other.layers[name]).best(self.k, self.distinct) for name, peaks in self.layers.items()}
-        return PeakTable(layers, self.k, self.distinct, self.seen + other.seen)
+        return PeakTable(layers, self.k, self.distinct, self.seen + other.seen, self.source)
 
     def save(self, path: str | Path) -> None:
-        """Write the table as safetensors; the old file stays whole until the new one is complete."""
-        from safetensors.numpy import save_file
+        """Write the table as safetensors; the old file stays whole until the new one is complete. OSError says why not."""
+        from safetensors.numpy import save
 
         arrays = {f"{name}\n{f}": np.ascontiguousarray(getattr(p, f)) for name, p in self.layers.items() for f in _FIELDS}
         about = {
@@ -131,11 +139,13 @@ class PeakTable:
             "k": str(self.k),
             "distinct": self.distinct,
             "seen": str(self.seen),
+            "source": self.source,
         }
         target = Path(path)
         part = target.with_name(target.name + ".part")
         try:
-            save_file(arrays, part, {"conelens": json.dumps(about), "layers": json.dumps(list(self.layers))})
+            # not save_file, which makes the file unreadable to others and hides why it cannot be written
+            part.write_bytes(save(arrays, {"conelens": json.dumps(about), "layers": json.dumps(list(self.layers))}))
             part.replace(target)
         finally:
             part.unlink(missing_ok=True)
@@ -155,7 +165,7 @@ class PeakTable:
                 }
                 if about["format"] != "conelens.PeakTable 1" or about["distinct"] not in DISTINCT:
                     raise KeyError(about["format"])
-                return cls(layers, int(about["k"]), about["distinct"], int(about["seen"]))
+                return cls(layers, int(about["k"]), about["distinct"], int(about["seen"]), about.get("source", ""))
         except (SafetensorError, KeyError, ValueError, OSError) as error:
             raise CheckpointError(f"{path}: no peak table that this version can read ({error})") from error
 
@@ -171,6 +181,7 @@ class Interrupted(KeyboardInterrupt):
 def top_peaks(
     net: Network, dataset: Tensor | ImageDataset, layers: Sequence[str], k: int = 9, distinct: str = "image", *,
     batch_size: int = 16, progress: Callable[[int, int], None] | None = None, resume: PeakTable | None = None,
+    source: str = "",
 ) -> PeakTable:  # fmt: skip
     """One pass over a data set: the k strongest activations of every channel of ``layers``.
 
@@ -184,6 +195,7 @@ def top_peaks(
         batch_size: images per forward pass.
         progress: called with (images done, images in all) after each batch.
         resume: a table of the leading ``resume.seen`` images, to go on from.
+        source: a fingerprint of network and data set, kept in the table; ``resume`` must carry the same one.
 
     Raises:
         Interrupted: on Ctrl-C, with the table of what is done.
@@ -196,9 +208,15 @@ def top_peaks(
     nodes = {name: net.node(name) for name in layers}
     if not nodes:
         raise ArgumentError("layers: got none, wanted at least one name (net.layers() lists them)")
-    table = resume or PeakTable({n: LayerPeaks.empty(v.shape[0], k) for n, v in nodes.items()}, k, distinct)
-    if (table.k, table.distinct, set(table.layers)) != (k, distinct, set(nodes)):
-        raise ArgumentError("resume: that table was made with another k, distinct or other layers")
+    table = resume or PeakTable({n: LayerPeaks.empty(v.shape[0], k) for n, v in nodes.items()}, k, distinct, source=source)
+    theirs, ours = ((*a, sorted(b)) for *a, b in ((table.k, table.distinct, table.layers), (k, distinct, nodes)))
+    if theirs != ours:
+        raise ArgumentError(f"resume: that table has k, distinct, layers {theirs}, wanted {ours}; use the same ones")
+    if table.source != source:
+        raise ArgumentError(
+            f"resume: that table is of other data, its source is {table.source!r}, wanted {source!r}; "
+            "go on with the network and images that it was made from, or start anew without resume"
+        )
     if table.seen > len(dataset):
         raise ArgumentError(f"resume: that table has seen {table.seen} images, but the data set holds {len(dataset)}")
     targets = tuple(sorted({node.index for node in nodes.values()}))
@@ -210,12 +228,12 @@ def top_peaks(
                 indices = np.array(batch.indices) + rest.start
                 found = {name: _peaks_of(maps[node.index], indices, k, distinct) for name, node in nodes.items()}
             merged = {name: peaks.joined(found[name]).best(k, distinct) for name, peaks in table.layers.items()}
-            table = PeakTable(merged, k, distinct, int(indices[-1]) + 1)
+            table = PeakTable(merged, k, distinct, int(indices[-1]) + 1, source)
             if progress is not None:
                 progress(table.seen, len(dataset))
     except KeyboardInterrupt:
         raise Interrupted(table) from None
-    return PeakTable(table.layers, k, distinct, len(dataset))
+    return PeakTable(table.layers, k, distinct, len(dataset), source)
 
 
 class _Remaining:

@@ -145,7 +145,7 @@ def test_bad_arguments_are_named(net: conelens.Network, images: Tensor) -> None:
         (lambda: conelens.top_peaks(net, images, ["3"], distinct="class"), "distinct: got 'class'"),
         (lambda: conelens.top_peaks(net, images, ["3"], k=0), "k and batch_size: got 0"),
         (lambda: conelens.top_peaks(net, images, []), "layers: got none"),
-        (lambda: conelens.top_peaks(net, images, ["0"], resume=table), "resume: that table"),
+        (lambda: conelens.top_peaks(net, images, ["0"], resume=table), r"resume: that table has .*\['3'\]\), wanted .*\['0'\]"),
         (lambda: conelens.top_peaks(net, images.double(), ["3"]), "images: got torch.float64"),
         (lambda: table.top("0", 0), "layer: got '0'"),
         (lambda: table.top("3", 5), "channel: got 5, wanted 0..4"),
@@ -189,3 +189,32 @@ def test_datasets_that_do_not_fit_are_named(net: conelens.Network, images: Tenso
         conelens.top_peaks(net, images[:5], ["3"], resume=table)
     with pytest.raises(ArgumentError, match="item 0 is a tuple, wanted a tensor"):
         conelens.top_peaks(net, [(image, 0) for image in images], ["3"])  # type: ignore[arg-type]
+
+
+def test_a_table_of_other_data_is_refused(net: conelens.Network, images: Tensor, tmp_path: Path) -> None:
+    ours = conelens.top_peaks(net, images[:9], ["3"], source="weights:1 images:2")
+    ours.save(tmp_path / "peaks.safetensors")
+    kept = PeakTable.load(tmp_path / "peaks.safetensors")
+    assert kept.source == "weights:1 images:2"
+    assert conelens.top_peaks(net, images, ["3"], resume=kept, source=kept.source).source == kept.source
+    assert (kept + ours).source == kept.source
+    for source in ("weights:9 images:2", ""):
+        with pytest.raises(ArgumentError, match=rf"is 'weights:1 images:2', wanted '{source}'; go on with"):
+            conelens.top_peaks(net, images, ["3"], resume=kept, source=source)
+        with pytest.raises(ArgumentError, match="tables differ in source"):
+            kept + conelens.top_peaks(net, images[:9], ["3"], source=source)
+
+
+def test_a_table_is_shown_short_and_saved_as_other_files_are(net: conelens.Network, images: Tensor, tmp_path: Path) -> None:
+    table = conelens.top_peaks(net, images[:3], ["0", "3"], k=2)
+    assert repr(table) == "PeakTable(0, 3; k=2, distinct='image', 3 images seen)"
+    (tmp_path / "plain").touch()
+    table.save(tmp_path / "peaks")
+    assert (tmp_path / "peaks").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    with pytest.raises(OSError, match="directory"):
+        table.save(tmp_path / "plain" / "peaks")
+
+
+def test_public_names() -> None:
+    assert conelens.Interrupted is Interrupted
+    assert issubclass(conelens.TraceError, conelens.ConelensError)
