@@ -39,6 +39,12 @@ def dead():
         model[3].bias.copy_(torch.tensor([1.0, -1.0, 1.0, 1.0, 1.0]))
     return model
 
+def capped():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU6(), nn.Conv2d(4, 2, 3))
+
+def grey():
+    return nn.Sequential(nn.Conv2d(1, 4, 3))
+
 def broken():
     raise RuntimeError("out of \\n luck")
 """
@@ -293,3 +299,73 @@ def test_without_its_libraries_the_command_names_the_extra(tmp_path: Path) -> No
     assert result.returncode == 1
     assert "conelens[cli]" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_resume_refuses_a_table_of_other_data_and_says_what_differs(room: Path) -> None:
+    common = ("top", "small_nets:net", room / "pictures", "--layers", "3", "--channels", "0", "--input-size", "32")
+    assert run(*common, "--out", room / "out").exit_code == 0
+    kept = ("--out", room / "again", "--resume", room / "out" / "peaks.safetensors")
+    assert run(*common, *kept).exit_code == 0
+    one_line_error(run(*common, "--mean", "0.5", *kept), 2, "other input;", "without --resume")
+    one_line_error(run("top", "small_nets:dead", *common[2:], *kept), 2, "other model, weights;")
+    one_line_error(run(*common, "--tiles", "1.0", *kept), 2, "other tiles;")
+    (room / "pictures" / "p2.jpg").rename(room / "pictures" / "p3.jpg")
+    one_line_error(run(*common, *kept), 2, "other images;")
+
+
+def test_policy_is_an_option_and_errors_spell_it(room: Path) -> None:
+    common = ("project", "small_nets:capped", room / "pictures" / "p0.jpg", "--layer", "2", "--channel", "0")
+    common = (*common, "--input-size", "32", "--out", room / "out")
+    one_line_error(run(*common), 1, "relu6 has no canonical", "(here: --policy relu6=clamp)")
+    assert run(*common, "--policy", "clamp").exit_code == 0
+    assert run(*common, "--policy", "relu6=gradient,gate=hold").exit_code == 0
+    assert run("layers", "small_nets:capped", "--policy", "clamp").exit_code == 0
+    folder = ("top", "small_nets:capped", room / "pictures", "--layers", "2", "--out", room / "out")
+    assert run(*folder, "--policy", "clamp").exit_code == 0
+    one_line_error(run(*common, "--policy", "clip"), 2, "'clip'", "--policy clamp")
+    one_line_error(run(*common, "--policy", "relu6="), 2, "--policy is 'relu6='")
+
+
+def test_mistakes_are_named_before_any_work(room: Path) -> None:
+    common = ("top", "small_nets:net", room / "pictures", "--layers", "3", "--channels")
+    one_line_error(run(*common, "4-2"), 2, "empty range '4-2'", "2-4")
+    one_line_error(run(*common, ""), 2, "--channels")
+    one_line_error(run("layers", "small_nets:broken", "--draw", room / "net.gif"), 2, "net.gif", ".svg or .png")
+    one_line_error(
+        run("project", "small_nets:broken", room / "pictures", "--layer", "3", "--channel", "0"),
+        2, "pictures is a folder", str(room / "pictures" / "*"),
+    )  # fmt: skip
+    one_line_error(run("layers", "small_nets:grey"), 2, "takes 1-channel images, wanted 3 channels")
+
+
+def test_what_the_disk_refuses_is_one_line_with_path_and_option(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = room / "file"
+    file.write_text("kept")
+    pictures = room / "pictures"
+    unit = ("--layer", "3", "--channel", "0", "--input-size", "32", "--out")
+    winners = ("top", "small_nets:net", pictures, "--layers", "3", "--input-size", "32", "--out")
+    one_line_error(run("project", "small_nets:net", pictures / "p0.jpg", *unit, file), 1, str(file), "a file", "--out")
+    one_line_error(run("layers", "small_nets:net", "--draw", file / "net.svg"), 1, str(file), "--draw")
+    for command in ((*winners, file), (*winners, file / "below"), ("demo", "--out", file)):
+        with monkeypatch.context() as patch:
+            for work in ("conelens.demo.run_demo", "conelens.cli.work.top_peaks"):
+                patch.setattr(work, lambda *_, **__: pytest.fail("worked before it looked at the folder"))
+            one_line_error(run(*command), 1, str(file), "--out")
+    assert file.read_text() == "kept"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("name", ["top.csv", "peaks.safetensors.part", "figures/top_3_0.png", "report.html"])
+def test_a_full_disk_is_one_line_with_path_and_option(room: Path, name: str) -> None:
+    (room / "out" / "figures").mkdir(parents=True)
+    (room / "out" / name).symlink_to("/dev/full")
+    result = run("top", "small_nets:net", room / "pictures", "--layers", "3", "--input-size", "32", "--out", room / "out")
+    one_line_error(result, 1, "cannot write", str(room / "out"), "No space left", "make room", "--out")
+
+
+def test_a_rerun_removes_the_pictures_of_the_run_before_and_no_others(room: Path) -> None:
+    common = ("top", "small_nets:net", room / "pictures", "--layers", "3", "--input-size", "32", "--out", room / "out")
+    assert run(*common, "--channels", "0,1").exit_code == 0
+    (room / "out" / "figures" / "mine.png").write_text("not of conelens")
+    assert run(*common, "--channels", "2").exit_code == 0
+    assert {p.name for p in (room / "out" / "figures").iterdir()} == {"top_3_2.png", "mine.png"}

@@ -74,6 +74,7 @@ def test_broken_files_are_named_and_the_rest_goes_on(folder: Path, threads: int)
     assert [b.indices for b in batches] == [[0, 1], [5]]
     assert set(problems) == {"bomb.png", "cut.jpg", "not_an_image.jpg"}
     assert "decompression bomb" in problems["bomb.png"]
+    assert "scale it down" in problems["bomb.png"], "what a user of the command can do, too"
     assert "broken" in problems["cut.jpg"]
     assert "not an image" in problems["not_an_image.jpg"]
     assert all(name in text for name, text in problems.items())

@@ -70,8 +70,7 @@ def _open(path: str | Path) -> Image.Image:
             return Image.open(path)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(
-            f"{path}: refused as a decompression bomb, it has more than {Image.MAX_IMAGE_PIXELS} pixels "
-            "(raise PIL.Image.MAX_IMAGE_PIXELS if you trust the file)"
+            f"{path}: refused as a decompression bomb, it has more than {Image.MAX_IMAGE_PIXELS} pixels; scale it down first"
         ) from error
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error

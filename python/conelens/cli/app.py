@@ -28,6 +28,7 @@ Mean = Annotated[str | None, typer.Option(help="Subtracted per channel after --s
 Std = Annotated[str | None, typer.Option(help="Divided by, per channel: one number or R,G,B.")]
 Scale = Annotated[float | None, typer.Option(help="Pixels 0..255 are multiplied by this first, e.g. 0.00392157.")]
 Fit = Annotated[str | None, typer.Option(help="crop (default), letterbox or stretch.")]
+Policy = Annotated[str | None, typer.Option(help="Rules for operators without one: clamp, or relu6=clamp,gate=hold.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda[:index].")]
 
 
@@ -50,12 +51,15 @@ def layers(
     model: Model,
     weights: Weights = None,
     input_size: InputSize = None,
+    policy: Policy = None,
     draw: Annotated[Path | None, typer.Option(help="Also draw the network: FILE.svg or FILE.png.")] = None,
 ) -> None:
     """List a network's layers: name, kind, shape, receptive field, stride, offset, other names."""
-    from conelens.cli.work import drawing, open_model
+    from conelens.cli.work import check_drawing, drawing, open_model
 
-    bench = open_model(model, weights, input_size, without_weights=True)
+    if draw is not None:
+        check_drawing(draw)
+    bench = open_model(model, weights, input_size, policy=policy, without_weights=True)
     OUT.print(str(bench.net.layers()), markup=False)
     if draw is not None:
         drawing(bench, draw)
@@ -77,13 +81,16 @@ def project(
     std: Std = None,
     scale: Scale = None,
     fit: Fit = None,
+    policy: Policy = None,
     device: Device = "cpu",
 ) -> None:
     """Project one unit down to the pixels of each image."""
-    from conelens.cli.work import open_model, project_images
+    from conelens.cli.work import check_files, open_model, project_images
 
     where = console.place(position)
-    bench = open_model(model, weights, input_size, mean, std, scale, fit, device)
+    check_files(images)
+    console.writable(out)
+    bench = open_model(model, weights, input_size, mean, std, scale, fit, device, policy)
     result = project_images(bench, images, layer, channel, where)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in ("image", "activity", "position y,x", "box top,left,bottom,right"):
@@ -113,13 +120,15 @@ def top(
     std: Std = None,
     scale: Scale = None,
     fit: Fit = None,
+    policy: Policy = None,
     device: Device = "cpu",
 ) -> None:
     """Find the strongest units of each channel over a folder and project them."""
     from conelens.cli.work import TopJob, open_model
 
-    bench = open_model(model, weights, input_size, mean, std, scale, fit, device)
+    bench = open_model(model, weights, input_size, mean, std, scale, fit, device, policy)
     job = TopJob.prepare(bench, folder, [n.strip() for n in layers.split(",")], channels, k, distinct, tiles)
+    console.writable(out)
     table = job.search(out, batch_size, resume)
     say(f"written: {job.write(table, out)}")
 
@@ -133,5 +142,7 @@ def demo(
     """Show SqueezeNet 1.1 on the bundled photographs; under a minute on two cores."""
     from conelens.demo import run_demo
 
-    path = run_demo(out, lambda line: say(escape(line)), device)
+    console.writable(out)
+    with console.writing(out):
+        path = run_demo(out, lambda line: say(escape(line)), device)
     OUT.print(str(path), markup=False)

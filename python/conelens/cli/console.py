@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
+import re
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import typer
@@ -53,8 +57,20 @@ def say(markup: str) -> None:
     ERR.print(markup)
 
 
+# what messages say for Python -> what to add for the command line
+_SPELLINGS = (
+    (r"policy=\{'(\w+)': '(\w+)'", r"here: --policy \1=\2"),
+    (r"^policy: got", r"here: --policy clamp, or --policy relu6=clamp,gate=hold"),
+    (r"net\.layers\(\) lists", r"here: conelens layers MODEL"),
+)
+
+
 def _fail(error: BaseException, code: int, more: str = "") -> None:
-    text = " ".join(str(error).split()) or type(error).__name__
+    reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+    text = " ".join(reason.split()) or type(error).__name__
+    for pattern, spelling in _SPELLINGS:
+        if found := re.search(pattern, text):
+            text += f" ({found.expand(spelling)})"
     say(f"[red]error[/]: {escape(text + more)}")
     raise typer.Exit(code) from None
 
@@ -77,6 +93,33 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=ERR, disable=not ERR.is_terminal) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+# ----------------------------------------------------------------------------------------------------- output
+@contextmanager
+def writing(target: Path, option: str = "--out") -> Iterator[None]:
+    """Turn what the disk refuses into one line with path, reason and what to do."""
+    try:
+        yield
+    except OSError as error:
+        room = "make room there, or " if error.errno == errno.ENOSPC else ""
+        raise ConelensError(
+            f"cannot write {error.filename or target}: {error.strerror or error}; {room}choose another place with {option}"
+        ) from error
+
+
+def writable(folder: Path, option: str = "--out") -> None:
+    """Make an output folder and try a file in it, before long work begins."""
+    with writing(folder, option):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise NotADirectoryError(errno.ENOTDIR, "it is a file, not a folder", str(folder)) from None
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:  # its message names a file that nobody knows
+            raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 # -------------------------------------------------------------------------------------------- argument values
@@ -111,6 +154,18 @@ def place(text: str | None) -> tuple[int, int] | str:
     return int(parts[0]), int(parts[1])
 
 
+def policy(text: str | None) -> dict[str, str] | str | None:
+    """ "clamp", or "relu6=clamp,gate=hold" by operator."""
+    if text is None or "=" not in text:
+        return text
+    pairs = [part.strip().partition("=") for part in text.split(",")]
+    if not all(name and rule for name, _, rule in pairs):
+        raise ArgumentError(
+            f"--policy is {text!r}, wanted one rule (clamp) or operator=rule with commas (relu6=clamp,gate=hold)"
+        )
+    return {name.strip(): rule.strip() for name, _, rule in pairs}
+
+
 def channels(text: str | None, count: int, layer: str, default: int = 8) -> list[int]:
     """ "3,17,20-25" or "all"; nothing gives `default` channels spread evenly."""
     if text is None:
@@ -122,6 +177,8 @@ def channels(text: str | None, count: int, layer: str, default: int = 8) -> list
         first, dash, last = part.strip().partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
             raise ArgumentError(f"--channels has {part.strip()!r}, wanted numbers and ranges such as 3,17,20-25, or all")
+        if int(last or first) < int(first):
+            raise ArgumentError(f"--channels has the empty range {part.strip()!r}, wanted {last}-{first}")
         chosen += range(int(first), int(last or first) + 1)
     wrong = [c for c in chosen if c >= count]
     if wrong:

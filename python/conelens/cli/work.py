@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from conelens.cli import console
+from conelens.cli.fingerprint import fingerprint, require_same
 from conelens.data import ImageFolder, TiledFolder, load_image
 from conelens.diagram import draw_image, draw_svg
 from conelens.errors import ArgumentError, ConelensError, DataError
@@ -31,6 +32,7 @@ from conelens.report import (
     open_workbench,
     safe_name,
     winners,
+    write_figures,
     write_page,
 )
 
@@ -47,9 +49,11 @@ def open_model(
     scale: float | None = None,
     fit: str | None = None,
     device: str = "cpu",
+    policy: str | None = None,
     without_weights: bool = False,
 ) -> Workbench:
     """A model by the options of the command line; `without_weights` lets a built-in keep random ones."""
+    rules = console.policy(policy)
     if without_weights and weights is None and name in BUILT_IN and BUILT_IN[name].weights is None:
         entry = BUILT_IN[name]
         model = LoadedModel(name, entry.build().eval(), entry.preprocess)
@@ -71,19 +75,24 @@ def open_model(
             "--fit none keeps each image's own size, which one network input cannot; wanted crop, letterbox, stretch"
         )
     recipe = dataclasses.replace(model.preprocess, **changes)  # type: ignore[arg-type]
-    return open_workbench(dataclasses.replace(model, preprocess=recipe), device)
+    return open_workbench(dataclasses.replace(model, preprocess=recipe), device, rules)
+
+
+def check_drawing(path: Path) -> None:
+    """ArgumentError unless `drawing` knows the suffix."""
+    if path.suffix.lower() not in (".svg", ".png"):
+        raise ArgumentError(f"--draw is {path}, wanted a name that ends in .svg or .png")
 
 
 def drawing(bench: Workbench, path: Path) -> None:
     """Draw the network as SVG or PNG, by the suffix."""
     nodes = diagram_nodes(bench.net)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix.lower() == ".svg":
-        path.write_text(draw_svg(nodes, bench.model.name), encoding="utf-8")
-    elif path.suffix.lower() == ".png":
-        save_png(draw_image(nodes), path)
-    else:
-        raise ArgumentError(f"--draw is {path}, wanted a name that ends in .svg or .png")
+    with console.writing(path, "--draw"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix.lower() == ".svg":
+            path.write_text(draw_svg(nodes, bench.model.name), encoding="utf-8")
+        else:
+            save_png(draw_image(nodes), path)
 
 
 # --------------------------------------------------------------------------------------------------- project
@@ -97,9 +106,17 @@ class ProjectedImages:
 
     def save(self, folder: Path) -> Path:
         """Write the strips as PNG; returns the folder."""
-        for name, strip in self.strips:
-            save_png(strip, folder / f"{self.stem}_{safe_name(name)}.png")
+        with console.writing(folder):
+            for name, strip in self.strips:
+                save_png(strip, folder / f"{self.stem}_{safe_name(name)}.png")
         return folder
+
+
+def check_files(paths: Sequence[Path]) -> None:
+    """ArgumentError where a folder was given for an image."""
+    for path in paths:
+        if path.is_dir():
+            raise ArgumentError(f"{path} is a folder, wanted image files: give {path / '*'}")
 
 
 def project_images(
@@ -163,6 +180,7 @@ class TopJob:
     channels: dict[str, list[int]]
     k: int
     distinct: str
+    source: str
 
     @classmethod
     def prepare(
@@ -178,8 +196,9 @@ class TopJob:
         """Check layers and channels and list the images."""
         chosen = {name: console.channels(channels, bench.net[name].shape[0], name) for name in layers}
         recipe = bench.model.preprocess
+        source = fingerprint(bench.model, folder, tiles, distinct)
         if tiles is None:
-            return cls(bench, ImageFolder(folder, recipe), chosen, k, distinct)
+            return cls(bench, ImageFolder(folder, recipe), chosen, k, distinct, source)
         try:
             scales = [float(part) for part in tiles.split(",")]
         except ValueError:
@@ -189,7 +208,7 @@ class TopJob:
             warnings.warn(f"skipped: {problem}", stacklevel=2)
         if not len(cut_up):
             raise DataError(f"{folder}: none of its images can be read")
-        return cls(bench, cut_up, chosen, k, distinct)
+        return cls(bench, cut_up, chosen, k, distinct, source)
 
     @property
     def _per_source(self) -> int | None:
@@ -199,8 +218,8 @@ class TopJob:
     def search(self, out: Path, batch_size: int, resume: Path | None) -> PeakTable:
         """One pass over the folder; Ctrl-C leaves what is done in `out/peaks.safetensors`."""
         before = None if resume is None else PeakTable.load(resume)
-        if before is not None and before.seen > len(self.dataset):
-            raise ArgumentError(f"--resume: that table has seen {before.seen} images, the folder holds {len(self.dataset)}")
+        if before is not None:
+            require_same(before.source, self.source)
         with console.progress("images") as report:
             try:
                 table = top_peaks(
@@ -212,6 +231,7 @@ class TopJob:
                     batch_size=batch_size,
                     progress=report,
                     resume=before,
+                    source=self.source,
                 )
             except Interrupted as stop:
                 kept = self._keep(stop.table, out)
@@ -222,9 +242,10 @@ class TopJob:
         return table
 
     def _keep(self, table: PeakTable, out: Path) -> Path:
-        out.mkdir(parents=True, exist_ok=True)
-        table.save(out / "peaks.safetensors")
-        return out / "peaks.safetensors"
+        path = out / "peaks.safetensors"
+        with console.writing(path):
+            table.save(path)
+        return path
 
     def write(self, table: PeakTable, out: Path) -> Path:
         """Project the winners and write pictures, `top.csv`, and the report where Jinja2 is there."""
@@ -252,12 +273,11 @@ class TopJob:
             about = self.bench.net[layer]
             text = f"A unit sees {about.receptive_field[0]} x {about.receptive_field[1]} pixels."
             page.sections.append(Section(layer, text, figures))
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "top.csv").write_text("\n".join([*lines, ""]), encoding="utf-8")
-        try:
-            return write_page(page, out)
-        except ConelensError as error:
-            console.say(f"[yellow]warning[/]: {error}; the pictures are written without it")
-            for figure in (f for section in page.sections for f in section.figures):
-                save_png(figure.image, out / "figures" / f"{safe_name(figure.name)}.png")
-            return out / "figures"
+        with console.writing(out):
+            (out / "top.csv").write_text("\n".join([*lines, ""]), encoding="utf-8")
+            try:
+                return write_page(page, out)
+            except ConelensError as error:
+                console.say(f"[yellow]warning[/]: {error}; the pictures are written without it")
+                write_figures(page, out)
+                return out / "figures"

@@ -85,7 +85,7 @@ def _read_torch(path: Path) -> object:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is a pickle that names more than tensors, so that opening it could run code; refused. "
-            "Save model.state_dict() with torch.save, or better as safetensors."
+            "Get the weights as safetensors, or where you trust the file, load it in Python and save model.state_dict() alone."
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a readable weight file: {_first_line(error)}") from error

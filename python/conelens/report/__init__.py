@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from conelens.report.page import Figure, Page, Section, Table, safe_name, write_page
+from conelens.report.page import Figure, Page, Section, Table, safe_name, write_figures, write_page
 from conelens.report.units import PictureDataset, Winners, pick, winners
 from conelens.report.workbench import Workbench, diagram_nodes, open_workbench
 
@@ -19,5 +19,6 @@ __all__ = [
     "pick",
     "safe_name",
     "winners",
+    "write_figures",
     "write_page",
 ]

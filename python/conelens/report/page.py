@@ -60,18 +60,38 @@ def write_page(page: Page, folder: str | Path) -> Path:
         ArgumentError: two figures share a name.
     """
     environment = _environment()
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    embedded: dict[str, str] = {}
-    for figure in (figure for section in page.sections for figure in section.figures):
-        file = save_png(figure.image, folder / "figures" / f"{safe_name(figure.name)}.png")
-        if figure.name in embedded:
-            raise ArgumentError(f"two figures of the page are called {figure.name!r}")
-        embedded[figure.name] = "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode("ascii")
+    files = write_figures(page, folder)
+    embedded = {
+        name: "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode("ascii") for name, file in files.items()
+    }
     text = environment.get_template("page.html").render(page=page, embedded=embedded)
-    path = folder / "report.html"
+    path = Path(folder) / "report.html"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def write_figures(page: Page, folder: str | Path) -> dict[str, Path]:
+    """Write `figures/*.png` below a folder, after removing those that its old `report.html` lists; returns them by name.
+
+    Raises:
+        ArgumentError: two figures share a name.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files: dict[str, Path] = {}
+    for figure in (figure for section in page.sections for figure in section.figures):
+        if figure.name in files:
+            raise ArgumentError(f"two figures of the page are called {figure.name!r}")
+        files[figure.name] = folder / "figures" / f"{safe_name(figure.name)}.png"
+    report = folder / "report.html"
+    if report.is_file():
+        for stale in re.findall(r'data-file="([\w.-]+\.png)"', report.read_text(encoding="utf-8", errors="replace")):
+            (folder / "figures" / stale).unlink(missing_ok=True)
+        report.unlink()  # it would list figures that are gone
+    for section in page.sections:
+        for figure in section.figures:
+            save_png(figure.image, files[figure.name])
+    return files
 
 
 def safe_name(name: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +22,11 @@ class Workbench:
     net: Network
 
 
-def open_workbench(model: LoadedModel, device: str = "cpu") -> Workbench:
-    """Move a model to a device and trace it at its input size.
+def open_workbench(model: LoadedModel, device: str = "cpu", policy: Mapping[str, str] | str | None = None) -> Workbench:
+    """Move a model to a device and trace it at its input size; `policy` as in :func:`conelens.trace`.
 
     Raises:
-        ArgumentError: no such device here.
+        ArgumentError: no such device here, or a model that does not take RGB images.
         UnsupportedOperatorError: the network has an operator without a rule.
     """
     try:
@@ -35,7 +37,17 @@ def open_workbench(model: LoadedModel, device: str = "cpu") -> Workbench:
         raise ArgumentError(f"device is {device!r}, wanted cpu or cuda[:index]")
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
         raise ArgumentError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
-    net = trace(model.module.to(target), (3, *model.preprocess.size), names=model.layer_names)
+    module = model.module.to(target)
+    try:
+        net = trace(module, (3, *model.preprocess.size), policy, names=model.layer_names)
+    except RuntimeError as error:
+        wanted = re.search(r"to have (\d+) channels, but got 3 channels", str(error))
+        if wanted is None:
+            raise
+        raise ArgumentError(
+            f"model: got one that takes {wanted[1]}-channel images, wanted 3 channels (images are read as RGB); "
+            "give a factory that wraps it in a module converting from RGB"
+        ) from error
     return Workbench(model, net)
 
 
