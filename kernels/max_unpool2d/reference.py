@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,7 +11,9 @@ from torch import Tensor
 Pair = tuple[int, int]
 
 
-def natural_size(pooled_size: Pair, kernel_size: Pair, stride: Pair, dilation: Pair) -> Pair:
+def natural_size(
+    pooled_size: Sequence[int], kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> Pair:
     """Cells that the windows of a pooled map (or of a part of one) reach over."""
     height, width = (
         (n - 1) * s + d * (k - 1) + 1 for n, k, s, d in zip(pooled_size, kernel_size, stride, dilation, strict=True)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from conelens.operators import (
     Linear,
     MaxPool2d,
     Offset,
+    Operator,
     Pad,
     Pair,
     Rectify,
@@ -81,44 +82,51 @@ def _gather(x: Tensor, offset: np.ndarray, size: Pair, fill: float, rows: Tensor
     return windows if bool(mask.all()) else windows.masked_fill(~mask, fill)
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """What is known before a pass: the order, and which nodes are fused into others, overwritten or dropped."""
+class Turn(NamedTuple):
+    """One node's turn in a pass, with all that is known beforehand about fusing, overwriting and dropping."""
 
-    order: list[int]
-    passed: set[int]  # done by a neighbour: ReLUs that only max pools read, affine maps folded into their convolution
-    rectified: set[int]  # max pools that rectify their input
-    ready: dict[int, Conv2d]  # convolutions as they run: filters laid out for the device, the affine map behind folded in
-    in_place: set[int]  # ReLUs that may overwrite a fresh tensor nobody else reads
-    last_reads: dict[int, list[int]]  # node → the values that nobody reads after it
-    narrow: int | None  # a convolution of which single units need but their own channel
+    node: int
+    op: Operator  # as it runs: filters laid out for the device, the affine map behind folded in
+    sources: tuple[int, ...]
+    passed: bool  # done by a neighbour: a ReLU that only max pools read, an affine map folded into its convolution
+    rectifies: bool  # a max pool that rectifies its input
+    in_place: bool  # a ReLU that may overwrite a fresh tensor nobody else reads
+    narrow: bool  # the convolution of which single units need but their own channel
+    last_reads: list[int]  # values that nobody reads afterwards
 
 
-def schedule(graph: Graph, targets: tuple[int, ...], observed: bool = False) -> Schedule:
-    """The schedule of a pass to ``targets``, made once per graph; ``observed`` passes keep every pool's own input."""
+def schedule(graph: Graph, targets: tuple[int, ...], observed: bool = False) -> list[Turn]:
+    """The turns of a pass to ``targets``, made once per graph; ``observed`` passes keep every pool's own input."""
 
-    def make() -> Schedule:
+    def make() -> list[Turn]:
         readers = graph.consumers(targets)
-        drops: dict[int, list[int]] = {index: [] for index in readers}
-        made = Schedule(graph.ancestors(targets), set(), set(), {}, set(), drops, _narrow(graph, targets, readers))
+        ready: dict[int, Operator] = {}
+        passed: set[int] = set()
+        rectifying: set[int] = set()
+        in_place: set[int] = set()
+        last_reads: dict[int, list[int]] = {index: [] for index in readers}
         for index, consumers in readers.items():
             if consumers and index not in targets:
-                made.last_reads[max(consumers)].append(index)
-            op = graph[index].op
+                last_reads[max(consumers)].append(index)
+            op = ready[index] = graph[index].op
             private = index not in targets and len(consumers) == 1
             if isinstance(op, Conv2d):
                 folds = private and isinstance(graph[consumers[0]].op, Affine)
-                made.ready[index] = _prepared(graph, index, consumers[0] if folds else None)
-                made.passed.update(consumers if folds else ())
+                ready[index] = _prepared(graph, index, consumers[0] if folds else None)
+                passed.update(consumers if folds else ())
             elif isinstance(op, Rectify) and not observed and index not in targets and _only_pools(graph, consumers):
-                made.passed.add(index)
-                made.rectified.update(consumers)
+                passed.add(index)
+                rectifying.update(consumers)
             elif isinstance(op, Rectify):
                 (source,) = graph[index].inputs
-                fresh = isinstance(graph[source].op, Conv2d) or source in made.passed
+                fresh = isinstance(graph[source].op, Conv2d) or source in passed
                 if fresh and len(readers[source]) == 1 and source not in targets:
-                    made.in_place.add(index)
-        return made
+                    in_place.add(index)
+        narrow = _narrow(graph, targets, readers)
+        return [
+            Turn(i, op, graph[i].inputs, i in passed, i in rectifying, i in in_place, i == narrow, last_reads[i])
+            for i, op in ready.items()
+        ]
 
     return graph.remember(("schedule", targets, observed), make)
 
@@ -166,27 +174,26 @@ def forward_whole(
 
     ``observe(node, last input)`` sees every node's input map (a gate's is the gate).
     """  # fmt: skip
-    todo = schedule(graph, targets, observe is not None)
     values: dict[int, Tensor] = {}
-    for index in todo.order:
-        node, op = graph[index], todo.ready.get(index, graph[index].op)
-        inputs = [values[i] for i in node.inputs]
-        if not node.inputs:
+    for turn in schedule(graph, targets, observe is not None):
+        index, op = turn.node, turn.op
+        inputs = [values[i] for i in turn.sources]
+        if not inputs:
             value = _finite(images)
-        elif index in todo.passed:
+        elif turn.passed:
             value = inputs[0]
         elif isinstance(op, MaxPool2d):
-            value, chosen = op.pool(inputs[0], True, relu=index in todo.rectified)
+            value, chosen = op.pool(inputs[0], True, relu=turn.rectifies)
             if switches is not None:
                 switches[index] = chosen
-        elif index in todo.in_place:
+        elif turn.in_place:
             value = torch.relu_(inputs[0])
         else:
             value = op.forward(inputs, None)
         if observe is not None and inputs:
             observe(index, inputs[-1])
         values[index] = value
-        for source in todo.last_reads[index]:
+        for source in turn.last_reads:
             del values[source]
     return {target: values[target] for target in targets}
 
@@ -195,38 +202,43 @@ def forward_cone(
     graph: Graph, plan: ConePlan, images: Tensor, rows: Tensor | None, channels: Tensor, *, observe: Observer | None = None
 ) -> tuple[Tensor, dict[int, Step]]:
     """Forward pass on the windows of ``plan``: the units' own values [U] in ``channels`` [U], and the steps of the pass."""
-    todo = schedule(graph, (plan.target,), observe is not None)
-    nodes, places = graph.nodes, plan.places
+    nodes, places, hangs = graph.nodes, plan.places, plan.hangs
     values: dict[int, Tensor] = {}
     steps: dict[int, Step] = {}
-    for index in plan.order:
-        node, place = nodes[index], places[index]
-        op = todo.ready.get(index, node.op)
-        if not node.inputs:
+    narrowed = False
+    for turn in schedule(graph, (plan.target,), observe is not None):
+        index, op, sources = turn.node, turn.op, turn.sources
+        place = places[index]
+        if not sources:
             values[index] = _finite(take(images, place.origin, place.size, rows=rows))
             continue
-        steps[index] = step = Step(plan.edges[index], [places[source] for source in node.inputs], place)
+        steps[index] = step = Step(plan.edges[index], [places[source] for source in sources], place)
         if isinstance(op, MaxPool2d):
-            value = _pool_window(graph, plan, index, values[node.inputs[0]], step, index in todo.rectified, observe)
+            value = _pool_window(graph, plan, index, values[sources[0]], step, turn.rectifies, observe)
         else:
-            inputs = [
-                take(values[source], edge.offset, edge.size) for source, edge in zip(node.inputs, step.edges, strict=True)
-            ]
-            if index in todo.passed:
+            inputs = [take(values[source], edge.offset, edge.size) for source, edge in zip(sources, step.edges, strict=True)]
+            if turn.passed:
                 value = inputs[0]
-            elif index == todo.narrow and isinstance(op, Conv2d):
-                value = op.unit(inputs[0], channels)
-            elif index in todo.in_place:
+            elif turn.in_place:
                 value = torch.relu_(inputs[0])
+            elif turn.narrow and isinstance(op, Conv2d):
+                value, narrowed = op.unit(inputs[0], channels), True
             else:
                 value = op.forward(inputs, step)
-        if plan.hangs[index] and not op.keeps_zero and index not in todo.passed:
-            value = value.masked_fill(~inside(place, node.size, value.device), 0.0)
+        if hangs[index] and not op.keeps_zero and not turn.passed:
+            value = value.masked_fill(~inside(place, nodes[index].size, value.device), 0.0)
         values[index] = value
-        for source in todo.last_reads[index]:
+        for source in turn.last_reads:
             del values[source]
     value = values[plan.target].flatten(1)
-    return value[:, 0] if todo.narrow is not None else value.gather(1, channels[:, None])[:, 0], steps
+    return value[:, 0] if narrowed else value.gather(1, channels[:, None])[:, 0], steps
+
+
+def _finite(windows: Tensor) -> Tensor:
+    total = float(windows.sum())  # one pass; only a suspicious sum is looked at cell by cell
+    if not math.isfinite(total) and not bool(torch.isfinite(windows).all()):
+        raise ArgumentError("images: the pixels a unit sees hold NaN or infinity; clean the data first")
+    return windows
 
 
 def _pool_window(
@@ -245,13 +257,6 @@ def _pool_window(
         observe(index, x)
     pooled, step.memo["switches"] = op.pool(x, False, relu=rectify)
     return pooled
-
-
-def _finite(windows: Tensor) -> Tensor:
-    total = float(windows.sum())  # one pass; only a suspicious sum is looked at cell by cell
-    if not math.isfinite(total) and not bool(torch.isfinite(windows).all()):
-        raise ArgumentError("images: the pixels a unit sees hold NaN or infinity; clean the data first")
-    return windows
 
 
 def _pads(offset: Offset, size: Pair, held: Pair) -> bool:
@@ -340,19 +345,17 @@ def topdown(graph: Graph, plan: ConePlan, steps: dict[int, Step], values: Tensor
     """Deconvnet pass from seeds ``values`` [U] at ``channels`` [U] of the target to the input's windows [U, C, h, w]."""
     seed = Seed(values, channels, graph[plan.target].shape[0])
     signals: dict[int, Signal] = {plan.target: Signal(None, seed)}
-    todo = schedule(graph, (plan.target,))
-    for index in reversed(plan.order):
-        signal = signals.pop(index, None)
-        node = graph[index]
+    for turn in reversed(schedule(graph, (plan.target,))):
+        signal = signals.pop(turn.node, None)
         if signal is None:
             continue
-        if not node.inputs:
+        if not turn.sources:
             return signal.settle()
-        sent = _send(graph, plan, index, signal, steps[index], todo)
-        for source, part in zip(node.inputs, sent, strict=True):
+        sent = _send(graph, plan, turn, signal, steps[turn.node])
+        for source, part in zip(turn.sources, sent, strict=True):
             if part is None:
                 continue
-            if plan.hangs[source] and isinstance(node.op, Conv2d | Pad):
+            if plan.hangs[source] and isinstance(turn.op, Conv2d | Pad):
                 mask = ~inside(plan.places[source], graph[source].size, values.device)
                 part = Signal(part.settle().masked_fill(mask, 0.0))
             held = signals.get(source)
@@ -367,12 +370,12 @@ def _place(data: Tensor, edge: Edge, held: Pair) -> Tensor:
     return take(data, back, held)
 
 
-def _send(graph: Graph, plan: ConePlan, index: int, signal: Signal, step: Step, todo: Schedule) -> list[Signal | None]:
+def _send(graph: Graph, plan: ConePlan, turn: Turn, signal: Signal, step: Step) -> list[Signal | None]:
     """Signals for the inputs of one node, on the windows held for them."""
-    op, edges = todo.ready.get(index, graph[index].op), plan.edges[index]
-    if isinstance(op, Affine) and index in todo.passed:
+    index, op, edges = turn.node, turn.op, step.edges
+    if turn.passed and isinstance(op, Affine):
         return [signal]  # its factor is in the filters below
-    held = [plan.places[source].size for source in graph[index].inputs]
+    held = [place.size for place in step.sources]
     trimmed = isinstance(edges[0].offset, tuple) and max(edges[0].offset) <= 0
     if isinstance(op, Rectify) and edges[0].offset == (0, 0) and held[0] == plan.places[index].size:
         return [Signal(signal.data, signal.seed, signal.pool, True)]
@@ -380,7 +383,7 @@ def _send(graph: Graph, plan: ConePlan, index: int, signal: Signal, step: Step, 
         data, switches = signal.settle(), step.memo["switches"]
         if trimmed and not plan.hangs[index]:
             return [Signal(data, None, Unpool(op, switches, _negative(edges[0].offset), held[0]))]
-        (source,) = graph[index].inputs
+        (source,) = turn.sources
         origin = torch.from_numpy(plan.places[index].low).to(data.device)
         data = ops.max_unpool2d(
             data,

@@ -60,7 +60,8 @@ class Conv2d(Operator):
         kernel = self.weight[channels]
         if self.groups > 1:
             x = x.unflatten(1, (self.groups, -1))[torch.arange(len(x), device=x.device), self._group(channels)]
-        x = x[:, :, :: self.dilation[0], :: self.dilation[1]]
+        if self.dilation != (1, 1):
+            x = x[:, :, :: self.dilation[0], :: self.dilation[1]]
         values = (x * kernel).sum((1, 2, 3), keepdim=True)
         return values if self.bias is None else values + self.bias[channels][:, None, None, None]
 
