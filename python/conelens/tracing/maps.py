@@ -119,14 +119,15 @@ def _separable(rec: Recorder, out: Tensor, x: Tensor, kind: str, function: Calla
     ones = function(torch.ones(1, 1, height, width, dtype=torch.float64))
     at_y, at_x = (int(v) for v in torch.nonzero(ones[0, 0] == ones[0, 0].max())[0])
     few = max(1, 2**22 // (height * width))  # probes at a time, so that large maps take no gigabytes
-    rows, columns = [], []
-    for unit in torch.eye(height, dtype=torch.float64).split(few):
-        rows.append(function(unit[:, None, :, None].expand(-1, 1, height, width))[:, 0, :, at_x].clone())
-    for unit in torch.eye(width, dtype=torch.float64).split(few):
-        columns.append(function(unit[:, None, None, :].expand(-1, 1, height, width))[:, 0, at_y, :].clone())
-    share = torch.cat(rows).T / ones[0, 0, at_y, at_x]
-    op = Spatial(share.contiguous(), torch.cat(columns).T.contiguous(), kind=kind, **extra)
-    return emit_like(rec, out, op, node)
+    rows, columns = ones.new_empty(height, ones.shape[2]), ones.new_empty(width, ones.shape[3])
+    for first in range(0, height, few):
+        unit = torch.eye(height, dtype=torch.float64)[first : first + few]
+        rows[first : first + few] = function(unit[:, None, :, None].expand(-1, 1, height, width))[:, 0, :, at_x]
+    for first in range(0, width, few):
+        unit = torch.eye(width, dtype=torch.float64)[first : first + few]
+        columns[first : first + few] = function(unit[:, None, None, :].expand(-1, 1, height, width))[:, 0, at_y, :]
+    share = rows.T / ones[0, 0, at_y, at_x]
+    return emit_like(rec, out, Spatial(share.contiguous(), columns.T.contiguous(), kind=kind, **extra), node)
 
 
 def avg_pool2d(
