@@ -10,7 +10,7 @@ from conelens.cone import cone_cells, cone_macs, unit_boxes, whole_macs
 from conelens.graph import Graph
 
 # A layer costs its multiply-accumulates plus a fixed launch and weight-reading cost, both in units of one MAC at full speed.
-# Small windows run below the speed of whole maps; the factor was read off VGG-16 on two AVX-512 cores (benchmarks/NOTES.md).
+# Windows run a little below the speed of whole maps where the two are close enough to choose between (benchmarks/NOTES.md).
 LAYER_OVERHEAD = 2.0e6
 WINDOW_PENALTY = 1.1
 # Map cells of all units of a chunk that may be alive at once: 128 MiB of float32 for a CPU's caches, 4 GiB to fill a GPU.
