@@ -1,6 +1,6 @@
-/* conelens for C: params structs and launchers. A launcher reads its params, runs and returns CONELENS_OK or an error
- * code for conelens_error_string. Callers allocate outputs. Link against libconelens (CPU); the CUDA launchers are in
- * libconelens_cuda, take a cudaStream_t as void* and return after the launch. */
+/* conelens for C: params structs and launchers. A launcher reads its params, runs and returns CONELENS_OK or
+ * an error code for conelens_error_string. Callers allocate outputs. Link against libconelens (CPU); the CUDA
+ * launchers are in libconelens_cuda, take a cudaStream_t as void* and return after the launch. */
 #ifndef CONELENS_H
 #define CONELENS_H
 
@@ -23,11 +23,14 @@ CONELENS_API int conelens_max_unpool2d_cpu(const conelens_max_unpool2d_params* p
 CONELENS_API int conelens_max_unpool2d_backward_cpu(const conelens_max_unpool2d_params* params, int threads);
 
 CONELENS_API int conelens_channel_peaks_cuda(const conelens_channel_peaks_params* params, void* stream);
-/* few output channels, 16-bit floats, channels_last, stride 1, no pool; else CONELENS_UNSUPPORTED_LAYOUT or _DTYPE */
+/* few output channels, 16-bit floats, channels_last, stride 1, no pool; else CONELENS_UNSUPPORTED_LAYOUT or
+ * _DTYPE */
 CONELENS_API int conelens_deconv2d_cuda(const conelens_deconv2d_params* params, void* stream);
-CONELENS_API int conelens_max_pool2d_with_switches_cuda(const conelens_max_pool2d_params* params, void* stream);
+CONELENS_API int conelens_max_pool2d_with_switches_cuda(const conelens_max_pool2d_params* params,
+                                                        void* stream);
 CONELENS_API int conelens_max_unpool2d_cuda(const conelens_max_unpool2d_params* params, void* stream);
-CONELENS_API int conelens_max_unpool2d_backward_cuda(const conelens_max_unpool2d_params* params, void* stream);
+CONELENS_API int conelens_max_unpool2d_backward_cuda(const conelens_max_unpool2d_params* params,
+                                                     void* stream);
 
 #ifdef __cplusplus
 }

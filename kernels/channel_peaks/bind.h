@@ -7,8 +7,8 @@
 namespace conelens {
 
 template <class Backend>
-void register_channel_peaks(py::module_& m, int (*launch)(const conelens_channel_peaks_params*,
-                                                          typename Backend::Context)) {
+void register_channel_peaks(py::module_& m,
+                            int (*launch)(const conelens_channel_peaks_params*, typename Backend::Context)) {
   m.def(
       "channel_peaks",
       [launch](const TensorArg& x, const TensorArg& values, const TensorArg& positions, int reduce,
@@ -20,7 +20,8 @@ void register_channel_peaks(py::module_& m, int (*launch)(const conelens_channel
         p.batch = x.size(0), p.channels = x.size(1), p.height = x.size(2), p.width = x.size(3);
         if (p.height * p.width < 1 || p.height * p.width > INT32_MAX)
           TensorArg::fail("x", "wants at least one cell per channel and at most 2^31 - 1");
-        if (reduce < CONELENS_REDUCE_MAX || reduce > CONELENS_REDUCE_MEAN) TensorArg::fail("reduce", "is unknown");
+        if (reduce < CONELENS_REDUCE_MAX || reduce > CONELENS_REDUCE_MEAN)
+          TensorArg::fail("reduce", "is unknown");
         values.expect_float_dtype("values", p.dtype);
         positions.integer_bytes("positions", {dlpack::kInt, 32, 1}, {dlpack::kInt, 32, 1});
         for (const auto& [name, out] : {std::pair{"values", &values}, std::pair{"positions", &positions}}) {

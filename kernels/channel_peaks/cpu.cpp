@@ -1,5 +1,6 @@
-// channel_peaks on the CPU: x is read once; where columns lie side by side, only the block that held the maximum is
-// read again to find it. Vectors have the same lanes on every instruction set, so sums have the same bits.
+// channel_peaks on the CPU: x is read once; where columns lie side by side, only the block that held the
+// maximum is read again to find it. Vectors have the same lanes on every instruction set, so sums have the
+// same bits.
 #include "channel_peaks.h"
 
 #include <stdlib.h>
@@ -117,7 +118,8 @@ struct Plane {
 
 template <class E>
 void plane(const Params& p, int64_t index) {
-  const E* x = static_cast<const E*>(p.x) + index / p.channels * p.x_stride[0] + index % p.channels * p.x_stride[1];
+  const E* x =
+      static_cast<const E*>(p.x) + index / p.channels * p.x_stride[0] + index % p.channels * p.x_stride[1];
   const bool sums = p.reduce != CONELENS_REDUCE_MAX, whole = p.x_stride[2] == p.width;
   const int64_t cells = p.height * p.width;
   Plane<E> state;
@@ -132,7 +134,8 @@ void plane(const Params& p, int64_t index) {
   if (!sums)
     *value = state.block[at];
   else
-    *value = Element<E>::store(static_cast<T>(p.reduce == CONELENS_REDUCE_SUM ? state.total : state.total / cells));
+    *value = Element<E>::store(
+        static_cast<T>(p.reduce == CONELENS_REDUCE_SUM ? state.total : state.total / cells));
 }
 
 // --- channels side by side: every cell updates what is known of each channel ---

@@ -10,8 +10,8 @@ namespace conelens {
 
 using Pool = std::array<int64_t, 8>;  // kernel, stride, padding, dilation, each (y, x)
 
-inline void fill_deconv2d_pool(conelens_deconv2d_params& p, const TensorArg& y, const std::optional<Pool>& pool,
-                               const std::optional<TensorArg>& switches) {
+inline void fill_deconv2d_pool(conelens_deconv2d_params& p, const TensorArg& y,
+                               const std::optional<Pool>& pool, const std::optional<TensorArg>& switches) {
   if (pool.has_value() != switches.has_value()) TensorArg::fail("pool", "and switches belong together");
   for (int i = 0; i < 2; ++i) {
     p.pool_kernel[i] = pool ? (*pool)[i] : 1, p.pool_stride[i] = pool ? (*pool)[2 + i] : 1;
@@ -27,7 +27,8 @@ inline void fill_deconv2d_pool(conelens_deconv2d_params& p, const TensorArg& y, 
   p.switches = switches->data();
 }
 
-inline void fill_deconv2d_origin(conelens_deconv2d_params& p, const TensorArg& y, const std::optional<TensorArg>& origin) {
+inline void fill_deconv2d_origin(conelens_deconv2d_params& p, const TensorArg& y,
+                                 const std::optional<TensorArg>& origin) {
   if (!origin) return;
   origin->expect_shape("origin", {p.batch, 2});
   origin->expect_same_device("origin", y);
@@ -46,9 +47,9 @@ void register_deconv2d(py::module_& m, Deconv2dLauncher<Backend> launch) {
   m.def(
       "deconv2d",
       [launch](const TensorArg& y, const TensorArg& weight, const TensorArg& out, Pair stride, Pair padding,
-               int64_t groups, Pair dilation, Pair output_size, Pair map_size, const std::optional<Pool>& pool,
-               const std::optional<TensorArg>& switches, bool relu, const std::optional<TensorArg>& origin,
-               std::intptr_t context) {
+               int64_t groups, Pair dilation, Pair output_size, Pair map_size,
+               const std::optional<Pool>& pool, const std::optional<TensorArg>& switches, bool relu,
+               const std::optional<TensorArg>& origin, std::intptr_t context) {
         conelens_deconv2d_params p{};
         y.expect_ndim("y", 4), weight.expect_ndim("weight", 4), out.expect_ndim("out", 4);
         y.expect_device("y", Backend::device_type);
@@ -70,8 +71,10 @@ void register_deconv2d(py::module_& m, Deconv2dLauncher<Backend> launch) {
         fill_deconv2d_origin(p, y, origin);
         for (int i = 0; i < 2; ++i) {
           const int64_t signal = deconv::axis(p, i).signal;
-          p.out_size[i] = origin ? (signal - 1) * stride[i] + dilation[i] * (p.kernel[i] - 1) + 1 : output_size[i];
-          if (!origin && map_size[i] != signal) TensorArg::fail("map_size", "must be that of y without pool and origin");
+          p.out_size[i] =
+              origin ? (signal - 1) * stride[i] + dilation[i] * (p.kernel[i] - 1) + 1 : output_size[i];
+          if (!origin && map_size[i] != signal)
+            TensorArg::fail("map_size", "must be that of y without pool and origin");
         }
         out.expect_shape("out", {p.batch, p.out_channels, p.out_size[0], p.out_size[1]});
         out.expect_writable("out");
@@ -80,9 +83,10 @@ void register_deconv2d(py::module_& m, Deconv2dLauncher<Backend> launch) {
         if (p.batch * p.in_channels * p.out_channels == 0) return true;
         return run<Backend>(launch, p, y.device_id(), context) == CONELENS_OK;
       },
-      py::arg("y"), py::arg("weight"), py::arg("out"), py::arg("stride"), py::arg("padding"), py::arg("groups"),
-      py::arg("dilation"), py::arg("output_size"), py::arg("map_size"), py::arg("pool").none(true),
-      py::arg("switches").none(true), py::arg("relu"), py::arg("origin").none(true), py::arg("context"));
+      py::arg("y"), py::arg("weight"), py::arg("out"), py::arg("stride"), py::arg("padding"),
+      py::arg("groups"), py::arg("dilation"), py::arg("output_size"), py::arg("map_size"),
+      py::arg("pool").none(true), py::arg("switches").none(true), py::arg("relu"),
+      py::arg("origin").none(true), py::arg("context"));
 }
 
 }  // namespace conelens

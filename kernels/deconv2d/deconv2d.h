@@ -1,4 +1,5 @@
-/* deconv2d: parameters and index arithmetic for every compiled implementation. Rules and layouts: README.md. */
+/* deconv2d: parameters and index arithmetic for every compiled implementation. Rules and layouts: README.md.
+ */
 #ifndef CONELENS_DECONV2D_H
 #define CONELENS_DECONV2D_H
 
@@ -27,7 +28,8 @@ typedef struct conelens_deconv2d_params {
 namespace conelens::deconv {
 
 /* One axis. The signal is what the filter acts on: y, or y unpooled. Signal cell c and tap t reach out cell
- * c * stride - shift + dilation * t; a pooled cell and its tap reach signal cells by the same rule of the pool. */
+ * c * stride - shift + dilation * t; a pooled cell and its tap reach signal cells by the same rule of the
+ * pool. */
 struct Axis {
   int64_t taps, stride, shift, dilation;
   int64_t pool_taps, pool_stride, pool_shift, pool_dilation;
@@ -37,11 +39,12 @@ struct Axis {
 CONELENS_HD Axis axis(const conelens_deconv2d_params& p, int which) {
   Axis a;
   a.taps = p.kernel[which], a.stride = p.stride[which], a.dilation = p.dilation[which];
-  a.pool_taps = p.pool_kernel[which], a.pool_stride = p.pool_stride[which], a.pool_dilation = p.pool_dilation[which];
+  a.pool_taps = p.pool_kernel[which], a.pool_stride = p.pool_stride[which],
+  a.pool_dilation = p.pool_dilation[which];
   a.shift = p.origin ? 0 : p.padding[which]; /* a window's own coordinates begin at its first reached cell */
   a.pool_shift = p.origin ? 0 : p.pool_padding[which];
   a.y = p.y_size[which], a.out = p.out_size[which];
-  a.signal = !p.switches  ? a.y
+  a.signal = !p.switches ? a.y
              : !p.origin ? p.map_size[which]
                          : (a.y - 1) * a.pool_stride + a.pool_dilation * (a.pool_taps - 1) + 1;
   return a;

@@ -1,5 +1,5 @@
-// The inner loop of deconv2d on the CPU: rows of sparse cells times a packed filter block, added to output runs.
-// Compiled once per instruction set, so everything here has internal linkage.
+// The inner loop of deconv2d on the CPU: rows of sparse cells times a packed filter block, added to output
+// runs. Compiled once per instruction set, so everything here has internal linkage.
 #pragma once
 
 #include <cstdint>
