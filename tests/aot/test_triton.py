@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton_build
 
-from conelens.kernels.deconv2d import triton_kernel
+from conelens.kernels.deconv2d import triton_configs, triton_kernel
 
 KERNELS = ("deconv2d_kernel", "deconv2d_few_kernel")
 HALF_2 = (2, 2, 2, 2, 0, 0, 1, 1)
@@ -108,7 +108,7 @@ def test_few_output_channels(case: Case) -> None:
 
 
 def test_exact_float32_stays_off_the_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_kernel, "tf32_allowed", lambda: False)
+    monkeypatch.setattr(triton_configs, "tf32_allowed", lambda: False)
     built = Case("exact", 128, 128, (56, 56), dtype=torch.float32, pool=HALF_2).build()
     assert problems(built) == []
     assert not any(unit in built.sass for unit in ("HGMMA", " HMMA"))
