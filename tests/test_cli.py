@@ -275,9 +275,11 @@ def test_ctrl_c_keeps_what_is_done_and_resume_finishes(room: Path) -> None:
     assert ends[0] == ends[1]
 
 
-# the command, with a word on its output after the first batch
+# the command, with a word on its output after the first batch; a parent in the background would pass on an ignored SIGINT
 WATCHED = """
+import signal
 import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import conelens.peaks as peaks
 found = peaks._peaks_of
 def told(*args):
