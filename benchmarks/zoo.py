@@ -356,8 +356,10 @@ def summary(rows: Sequence[Row]) -> str:
         f"{len(rows)} networks of {len({row.family for row in rows})} families: {free} need no policy, "
         f"{len(passed) - free} pass with the policy stated"
     )
-    reasons = Counter(row.operator or row.problem for row in rows if not row.good)
-    text += "".join(f", {count} refused: {reason}" for reason, count in reasons.most_common()) + "."
+    reasons = Counter(row.operator or row.problem for row in rows if not row.good and row.error is None)
+    text += "".join(f", {count} refused: {reason}" for reason, count in reasons.most_common())
+    apart = [row.name for row in rows if not row.good and row.error is not None]
+    text += (f", {len(apart)} further from the oracle than rounding explains: {', '.join(apart)}" if apart else "") + "."
     missing = len(imagenet_names()) - len(rows)
     return text + f"\nNot run: {missing} others, of the same families." * (missing > 0)
 
