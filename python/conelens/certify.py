@@ -32,8 +32,7 @@ class TieProbe:
         """The same, cut out of the whole maps that a full forward pass kept."""
         for index, x in maps.items():
             if index in self.plan.places:
-                (source,) = self.graph[index].inputs
-                place = Step(self.plan.edges[index], [self.plan.places[source]], self.plan.places[index]).read(0)
+                place = self.plan.step(self.graph[index]).read(0)
                 op = self.graph[index].op
                 self._windows[index] = take(x, place.origin, place.size, op.outside, rows)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from conelens.graph import Graph, Node
-from conelens.operators import Bound, Edge, Pair, Place
+from conelens.operators import Bound, Edge, Pair, Place, Step
 
 
 @dataclass
@@ -26,6 +26,10 @@ class ConePlan:
     places: dict[int, Place]
     hangs: dict[int, bool]
     edges: dict[int, list[Edge]]
+
+    def step(self, node: Node) -> Step:
+        """Where the windows of ``node`` lie, for its operator."""
+        return Step(self.edges[node.index], [self.places[source] for source in node.inputs], self.places[node.index])
 
 
 @dataclass

@@ -9,9 +9,7 @@ import numpy as np
 from conelens.cone import cone_cells, cone_macs, unit_boxes, whole_macs
 from conelens.graph import Graph
 
-# A layer costs its multiply-accumulates plus a fixed launch and weight-reading cost, both in units of one MAC at full speed.
 # Windows run a little below the speed of whole maps where the two are close enough to choose between (benchmarks/NOTES.md).
-LAYER_OVERHEAD = 2.0e6
 WINDOW_PENALTY = 1.1
 # Map cells of all units of a chunk that may be alive at once: 128 MiB of float32 for a CPU's caches, 4 GiB to fill a GPU.
 CHUNK_CELLS = {"cpu": 2**25, "cuda": 2**30}
@@ -22,9 +20,8 @@ HANG_STEPS = 4
 
 def choose_route(graph: Graph, target: int, rows: np.ndarray) -> str:
     """ "cone" or "full", whichever forward pass the model expects to be cheaper for all units (image ``rows`` [U]) together."""
-    layers = LAYER_OVERHEAD * len(graph.ancestors((target,)))
-    cone = WINDOW_PENALTY * cone_macs(graph, target) * len(rows) + layers
-    full = whole_macs(graph, target) * len(set(rows.tolist())) + layers
+    cone = WINDOW_PENALTY * cone_macs(graph, target) * len(rows)
+    full = whole_macs(graph, target) * len(set(rows.tolist()))
     return "cone" if cone < full else "full"
 
 

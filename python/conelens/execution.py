@@ -173,7 +173,7 @@ def forward_whole(
     """Whole-map forward pass to ``targets``; fills ``switches`` per max-pool node when given.
 
     ``observe(node, last input)`` sees every node's input map (a gate's is the gate).
-    """  # fmt: skip
+    """
     values: dict[int, Tensor] = {}
     for turn in schedule(graph, targets, observe is not None):
         index, op = turn.node, turn.op
@@ -212,7 +212,7 @@ def forward_cone(
         if not sources:
             values[index] = _finite(take(images, place.origin, place.size, rows=rows))
             continue
-        steps[index] = step = Step(plan.edges[index], [places[source] for source in sources], place)
+        steps[index] = step = plan.step(nodes[index])
         if isinstance(op, MaxPool2d):
             value = _pool_window(graph, plan, index, values[sources[0]], step, turn.rectifies, observe)
         else:
@@ -273,7 +273,7 @@ def steps_from_whole(
     steps: dict[int, Step] = {}
     for index in plan.order:
         op, place = graph[index].op, plan.places[index]
-        steps[index] = step = Step(plan.edges[index], [plan.places[i] for i in graph[index].inputs], place)
+        steps[index] = step = plan.step(graph[index])
         if isinstance(op, MaxPool2d):
             step.memo["switches"] = take(switches[index], place.origin, place.size, rows=rows)
         elif index in memory:

@@ -17,7 +17,7 @@ from conelens.execution import exact_dtype, forward_whole
 from conelens.graph import Graph, Node
 from conelens.names import add_conventional_aliases
 from conelens.operators import Conv2d, Gate, Linear, MaxPool2d, Pair, require_rule
-from conelens.tracing import lowering, record
+from conelens.tracing import lowering, record, tensors_in
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ def _verify(network: Network, model: nn.Module, probe: Tensor) -> None:
 
 
 def _output(model: nn.Module, images: Tensor, leaf: int) -> Tensor:
-    return list(_leaves(model(images.clone())))[leaf]
+    return list(tensors_in(model(images.clone())))[leaf]
 
 
 def _chaotic(model: nn.Module, images: Tensor, leaf: int, found: Tensor, expected: Tensor) -> bool:
@@ -274,17 +274,6 @@ def _chaotic(model: nn.Module, images: Tensor, leaf: int, found: Tensor, expecte
     moved = _output(model, images * (1 + torch.finfo(images.dtype).eps), leaf)
     difference = (found.reshape(expected.shape).double() - expected.double()).norm()
     return bool(difference <= 100 * (moved.double() - expected.double()).norm())
-
-
-def _leaves(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from _leaves(value)
-    elif isinstance(tree, (tuple, list)):
-        for value in tree:
-            yield from _leaves(value)
 
 
 def _close(got: Tensor, wanted: Tensor) -> bool:

@@ -6,6 +6,6 @@ unknown call is refused by name, and the finished graph has to reproduce the mod
 ``network.py``).
 """
 
-from conelens.tracing.recorder import record
+from conelens.tracing.recorder import record, tensors_in
 
-__all__ = ["record"]
+__all__ = ["record", "tensors_in"]

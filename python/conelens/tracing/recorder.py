@@ -163,7 +163,7 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = list(_tensors((args, kwargs)))
+        tensors = list(tensors_in((args, kwargs)))
         known = [t for t in tensors if t in self.meanings]
         if not known:
             return func(*args, **kwargs)
@@ -181,7 +181,7 @@ class Recorder(TorchFunctionMode):
             if name == "__setitem__":
                 raise UnsupportedOperatorError(f"{self.here}: writes into a part of a tensor; build the result out of place")
             result = func(*args, **kwargs)
-            if not any(True for _ in _tensors(result)):
+            if not any(True for _ in tensors_in(result)):
                 return result
             rule = self.rules.get(name) or self.rules.get(self._function)
             if rule is None:
@@ -269,7 +269,7 @@ class Recorder(TorchFunctionMode):
             if labels[0] == parent:
                 node.name, labels = labels[0], labels[1:]
             node.aliases = [label for label in dict.fromkeys(labels) if label != node.name]
-        for leaf, tensor in enumerate(_tensors(output)):
+        for leaf, tensor in enumerate(tensors_in(output)):
             if self.meaning(tensor) is not None:
                 self.graph.output_leaves.append(leaf)
                 self.graph.outputs.append(self.map_of(tensor, "the model's output").index)
@@ -331,12 +331,13 @@ def _name(func: Any) -> str:
     return name
 
 
-def _tensors(tree: Any) -> Iterable[Tensor]:
+def tensors_in(tree: Any) -> Iterable[Tensor]:
+    """All tensors of nested tuples, lists and mappings, in order."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, Mapping):
         for value in tree.values():
-            yield from _tensors(value)
+            yield from tensors_in(value)
     elif isinstance(tree, (tuple, list)):
         for value in tree:
-            yield from _tensors(value)
+            yield from tensors_in(value)
