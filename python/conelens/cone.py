@@ -6,7 +6,7 @@ the map went on (what a padded layer reads there); a :class:`ConePlan` clips the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -41,16 +41,21 @@ class _Template:
     first: np.ndarray  # units first <= position <= last are interior, [2]
     last: np.ndarray
 
+    def __post_init__(self) -> None:
+        """The box on the input of the unit at (0, 0), and how it moves per step of the unit, [2, 4]; both zero without one."""
+        place, stride = self.plan.places.get(0), self.strides.get(0, np.zeros(2, np.int64))
+        self.corners = np.zeros(4, np.int64) if place is None else np.concatenate([place.low[0], place.low[0] + place.size])
+        self.moves = np.tile(np.diag(stride), 2)
+
     def at(self, positions: np.ndarray) -> ConePlan | None:
         """The plan for ``positions`` [U, 2], or None when one of them is not interior."""
         if (positions < self.first).any() or (positions > self.last).any():
             return None
-
         places = {
             index: Place(None, place.size, (place.low, self.strides[index], positions))
             for index, place in self.plan.places.items()
         }
-        return replace(self.plan, places=places)
+        return ConePlan(self.plan.target, self.plan.order, places, self.plan.hangs, self.plan.edges)
 
 
 def plan_cone(graph: Graph, target: int, positions: np.ndarray) -> ConePlan:
@@ -144,10 +149,8 @@ def unit_boxes(graph: Graph, target: int, positions: np.ndarray) -> np.ndarray:
     Exact for every graph: the hull over all paths from the unit to the input. [0, 0, 0, 0] where no path leads to the input.
     """
     template = graph.remember(("template", target), lambda: _template(graph, target))
-    if template is not None and 0 in template.strides:
-        place = template.plan.places[0]
-        low = place.low + template.strides[0] * positions
-        return np.concatenate([low, low + place.size], 1)
+    if template is not None:
+        return template.corners + positions @ template.moves
     needs: dict[int, np.ndarray] = {target: np.concatenate([positions, positions + 1], 1).astype(np.int64)}
     for index in reversed(graph.ancestors((target,))):
         node, need = graph[index], needs[index]

@@ -34,6 +34,8 @@ from conelens.operators import (
     Step,
     inside,
 )
+from conelens.ops.deconv2d import transposed_filters
+from conelens.ops.max_pool2d_with_switches import pool_and_switches
 
 Observer = Callable[[int, Tensor], None]
 
@@ -255,7 +257,7 @@ def _pool_window(
     x = take(x, edge.offset, edge.size, op.outside)
     if observe is not None:
         observe(index, x)
-    pooled, step.memo["switches"] = op.pool(x, False, relu=rectify)
+    pooled, step.memo["switches"] = pool_and_switches(x, op.kernel, op.stride, (0, 0), op.dilation, False, rectify)
     return pooled
 
 
@@ -333,12 +335,15 @@ class Unpool:
     size: Pair
 
     @property
-    def geometry(self) -> tuple[Pair, Pair, Pair, Pair]:
-        """(kernel, stride, padding, dilation) of the unpooling."""
-        return self.op.kernel, self.op.stride, self.padding, self.op.dilation
+    def window(self) -> tuple[int, ...]:
+        """Kernel, stride, padding and dilation of the unpooling, each (y, x), in one row."""
+        return *self.op.kernel, *self.op.stride, *self.padding, *self.op.dilation
 
     def run(self, data: Tensor, relu: bool) -> Tensor:
-        return ops.max_unpool2d(data, self.switches, *self.geometry, output_size=self.size, relu=relu)
+        op = self.op
+        return ops.max_unpool2d(
+            data, self.switches, op.kernel, op.stride, self.padding, op.dilation, output_size=self.size, relu=relu
+        )
 
 
 def topdown(graph: Graph, plan: ConePlan, steps: dict[int, Step], values: Tensor, channels: Tensor) -> Tensor:
@@ -412,13 +417,11 @@ def _send(graph: Graph, plan: ConePlan, turn: Turn, signal: Signal, step: Step) 
 def _through_filters(op: Conv2d, signal: Signal, padding: Pair, size: Pair) -> Tensor:
     """Transposed filters, with a pending unpooling and rectification done on the way in."""
     assert signal.data is not None
-    extra: dict[str, Any] = {}
-    if signal.pool is not None:
-        extra = {"pool": signal.pool.geometry, "switches": signal.pool.switches, "map_size": signal.pool.size}
-    return ops.deconv2d(
-        signal.data, op.weight, op.stride, padding, 0, op.groups, op.dilation,
-        output_size=size, relu=signal.relu, **extra,
-    )  # fmt: skip
+    data, unpool = signal.data, signal.pool
+    window, switches, on = (None, None, data.shape[2:]) if unpool is None else (unpool.window, unpool.switches, unpool.size)
+    return transposed_filters(
+        data, op.weight, op.stride, padding, op.groups, op.dilation, size, on, window, switches, signal.relu, None
+    )
 
 
 def _negative(offset: Offset) -> Pair:

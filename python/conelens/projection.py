@@ -118,14 +118,15 @@ def project(
 
 
 def _warn_dead(result: Projection, layer: str, channels: np.ndarray) -> None:
+    if bool((result.values > 0).all()):
+        return
     values = result.values.float().cpu().numpy()
     if np.isnan(values).any():
         raise ArgumentError(f"{layer} gives NaN for finite images; its weights or their dtype overflow")
     dead = np.flatnonzero(values <= 0).tolist()
-    if dead:
-        named = ", ".join(f"{layer}[{int(channels[u])}] at {tuple(result.positions[u].tolist())}" for u in dead[:3])
-        more = f" and {len(dead) - 3} more" if len(dead) > 3 else ""
-        warnings.warn(f"no positive activity, so the projection is zero: {named}{more}", DeadUnitWarning, stacklevel=3)
+    named = ", ".join(f"{layer}[{int(channels[u])}] at {tuple(result.positions[u].tolist())}" for u in dead[:3])
+    more = f" and {len(dead) - 3} more" if len(dead) > 3 else ""
+    warnings.warn(f"no positive activity, so the projection is zero: {named}{more}", DeadUnitWarning, stacklevel=3)
 
 
 class _Job:
@@ -242,19 +243,20 @@ class _Job:
         places = self.places if count else np.zeros((1, 2), np.int64)
         boxes = unit_boxes(self.graph, self.node.index, places)
         height, width = (boxes[:, 2:] - boxes[:, :2]).max(0).tolist()
-        crops = self.images.new_zeros((0, self.images.shape[1], height, width))
+        crops: Tensor | None = None
         for chunk, windows, low in self.windows:
             moved = take(windows, Place(boxes[chunk, :2] - low, (height, width)).origin, (height, width))
             if len(chunk) == count:
                 crops = moved.clone()
             else:
-                if not len(crops):
-                    crops = self.images.new_empty((count, *moved.shape[1:]))
+                crops = self.images.new_empty((count, *moved.shape[1:])) if crops is None else crops
                 crops[self._tensor(chunk)] = moved
+        if crops is None:
+            crops = self.images.new_empty((0, self.images.shape[1], height, width))
         return Projection(
             crops, self._tensor(boxes[:count]), self.values.clone(), self._tensor(self.places), self._tensor(self.units.rows),
             (self.images.shape[2], self.images.shape[3]), self.near_ties, self.tie_effect,
         )  # fmt: skip
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.array(array, np.int64)).to(self.device)
+        return torch.from_numpy(array).to(self.device)

@@ -61,7 +61,7 @@ def read_units(node: Node, images: Tensor, channel: Any, position: Any, image: A
 def _integers(name: str, value: Any, most: int) -> np.ndarray | None:
     if value is None:
         return None
-    array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    array = value.numpy(force=True) if isinstance(value, Tensor) else np.asarray(value)
     if array.size == 0:
         array = array.astype(np.int64)
     if array.dtype.kind not in "iu" or array.ndim > most:
@@ -70,6 +70,6 @@ def _integers(name: str, value: Any, most: int) -> np.ndarray | None:
 
 
 def _check_range(name: str, values: np.ndarray, size: int, of: str) -> None:
-    if values.size and values.astype(np.uint64).max() >= size:  # negative ones wrap to huge ones
+    if values.size and values.view(np.uint64).max() >= size:  # negative ones read as huge ones
         wrong = values[(values < 0) | (values >= size)]
         raise ArgumentError(f"{name}: got {int(wrong[0])}, wanted 0..{size - 1} ({of} has {size})")

@@ -81,11 +81,16 @@ class Operator:
     keeps_zero: ClassVar[bool] = True  # a zero cell outside the map stays zero
     outside: ClassVar[float] = 0.0  # what cells outside the map count as
 
+    linear: ClassVar[bool] = False  # up to a constant: what changes at the inputs decides alone what changes at the output
     translates: bool = True  # ``reach`` moves with the output cell, whatever the size of the map
     remembers: bool = False  # the top-down pass needs an input of the forward pass
 
     def reach(self, edge: int, axis: int, low: Bound, high: Bound, in_size: int) -> tuple[Bound, Bound]:
         """Half-open interval of input ``edge`` that outputs ``[low, high)`` read along ``axis``, not clipped to the map."""
+        return low, high
+
+    def spread(self, edge: int, axis: int, low: Bound, high: Bound, in_size: int, out_size: int) -> tuple[Bound, Bound]:
+        """Half-open interval of outputs that read an input cell of ``[low, high)``, on the map: the inverse of ``reach``."""
         return low, high
 
     def scale(self, axis: int) -> int:
@@ -95,6 +100,10 @@ class Operator:
     def forward(self, inputs: Sequence[Tensor], step: Step | None) -> Tensor:
         """Output map; ``step`` is None on whole maps, where the operator pads by itself."""
         raise NotImplementedError
+
+    def change(self, inputs: Sequence[Tensor], step: Step | None) -> Tensor:
+        """Change of the output for changes of the inputs; only for a ``linear`` operator."""
+        return self.forward(inputs, step)
 
     def topdown(self, signal: Tensor, step: Step) -> list[Tensor | None]:
         """Signal for each input on exactly the window that ``reach`` asks for; None where the signal stops."""
@@ -112,6 +121,13 @@ class Operator:
         """Multiply-accumulates (or element visits) for an output of this shape, for the cost model."""
         channels, height, width = out_shape
         return float(channels * height * width)
+
+
+def slide(low: Bound, high: Bound, span: int, stride: int, padding: int, out_size: int) -> tuple[Bound, Bound]:
+    """Placements of a sliding window of ``span`` cells that see an input cell of ``[low, high)``, on the map."""
+    first = -((span - 1 - padding - low) // stride)
+    last = (high - 1 + padding) // stride + 1
+    return np.maximum(first, 0), np.minimum(last, out_size)
 
 
 class Input(Operator):

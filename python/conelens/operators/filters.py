@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conelens.operators.base import Bound, Operator, Pair, Step
+from conelens.operators.base import Bound, Operator, Pair, Step, slide
 
 
 @dataclass(eq=False)
@@ -24,11 +24,18 @@ class Conv2d(Operator):
     groups: int
     kind = "conv"
     keeps_zero = False
+    linear = True
+
+    def span(self, axis: int) -> int:
+        """Input cells from the first tap to the last."""
+        return self.dilation[axis] * (self.weight.shape[2 + axis] - 1) + 1
 
     def reach(self, edge: int, axis: int, low: Bound, high: Bound, in_size: int) -> tuple[Bound, Bound]:
-        span = self.dilation[axis] * (self.weight.shape[2 + axis] - 1) + 1
         start = self.padding[axis]
-        return low * self.stride[axis] - start, (high - 1) * self.stride[axis] - start + span
+        return low * self.stride[axis] - start, (high - 1) * self.stride[axis] - start + self.span(axis)
+
+    def spread(self, edge: int, axis: int, low: Bound, high: Bound, in_size: int, out_size: int) -> tuple[Bound, Bound]:
+        return slide(low, high, self.span(axis), self.stride[axis], self.padding[axis], out_size)
 
     def scale(self, axis: int) -> int:
         return self.stride[axis]
@@ -43,6 +50,9 @@ class Conv2d(Operator):
             else:
                 x = F.pad(x, (left, right, top, bottom))
         return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+
+    def change(self, inputs: Sequence[Tensor], step: Step | None) -> Tensor:
+        return replace(self, bias=None).forward(inputs, step)
 
     def folded(self, factor: Tensor | None, shift: Tensor | None) -> Conv2d:
         """This convolution with the affine map of its output (batch norm) in its own weights."""
@@ -97,9 +107,13 @@ class Linear(Operator):
     bias: Tensor | None
     kind = "linear"
     keeps_zero = False
+    linear = True
 
     def forward(self, inputs: Sequence[Tensor], step: Step | None) -> Tensor:
         return F.linear(inputs[0].flatten(1), self.weight, self.bias)[:, :, None, None]
+
+    def change(self, inputs: Sequence[Tensor], step: Step | None) -> Tensor:
+        return F.linear(inputs[0].flatten(1), self.weight)[:, :, None, None]
 
     def topdown(self, signal: Tensor, step: Step) -> list[Tensor | None]:
         return [(signal.flatten(1) @ self.weight)[:, :, None, None]]

@@ -15,6 +15,7 @@ class Add(Operator):
     """Sum of maps; the signal goes down every branch."""
 
     kind = "add"
+    linear = True
 
     def forward(self, inputs: Sequence[Tensor], step: Step | None) -> Tensor:
         total = inputs[0] + inputs[1]
@@ -41,6 +42,9 @@ class Gate(Operator):
 
     def reach(self, edge: int, axis: int, low: Bound, high: Bound, in_size: int) -> tuple[Bound, Bound]:
         return (low, high) if edge == 0 or self.spatial[axis] else (low * 0, low * 0 + 1)
+
+    def spread(self, edge: int, axis: int, low: Bound, high: Bound, in_size: int, out_size: int) -> tuple[Bound, Bound]:
+        return (low, high) if edge == 0 or self.spatial[axis] else (low * 0, low * 0 + out_size)
 
     def forward(self, inputs: Sequence[Tensor], step: Step | None) -> Tensor:
         if step is not None:
@@ -75,6 +79,7 @@ class Concat(Operator):
 
     channels: list[int]
     kind = "concat"
+    linear = True
 
     def forward(self, inputs: Sequence[Tensor], step: Step | None) -> Tensor:
         return torch.cat(list(inputs), 1)
@@ -90,6 +95,7 @@ class SelectChannels(Operator):
     index: Tensor  # [C_out] int64
     in_channels: int
     kind = "select"
+    linear = True
 
     def __post_init__(self) -> None:
         self._used = (self.index >= 0).nonzero().flatten()

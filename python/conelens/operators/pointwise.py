@@ -21,6 +21,7 @@ class Affine(Operator):
     shift: Tensor | None  # [C]
     kind: str = "affine"  # type: ignore[misc]
     keeps_zero = False
+    linear = True
 
     def forward(self, inputs: Sequence[Tensor], step: Step | None) -> Tensor:
         (x,) = inputs
@@ -30,8 +31,11 @@ class Affine(Operator):
             return x if shift is None else x + shift
         return x * factor if shift is None else torch.addcmul(shift, x, factor)
 
+    def change(self, inputs: Sequence[Tensor], step: Step | None) -> Tensor:
+        return inputs[0] if self.factor is None else inputs[0] * self.factor[:, None, None]
+
     def topdown(self, signal: Tensor, step: Step) -> list[Tensor | None]:
-        return [signal if self.factor is None else signal * self.factor[:, None, None]]
+        return [self.change([signal], step)]
 
 
 class Rectify(Operator):
@@ -141,6 +145,9 @@ class GroupNorm(Operator):
 
     def reach(self, edge: int, axis: int, low: Bound, high: Bound, in_size: int) -> tuple[Bound, Bound]:
         return low * 0, low * 0 + in_size
+
+    def spread(self, edge: int, axis: int, low: Bound, high: Bound, in_size: int, out_size: int) -> tuple[Bound, Bound]:
+        return low * 0, low * 0 + out_size
 
     def forward(self, inputs: Sequence[Tensor], step: Step | None) -> Tensor:
         (x,) = inputs

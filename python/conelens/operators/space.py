@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conelens import ops
-from conelens.operators.base import Bound, Operator, Pair, Step, inside
+from conelens.operators.base import Bound, Operator, Pair, Step, inside, slide
 
 
 @dataclass(eq=False)
@@ -27,10 +27,16 @@ class MaxPool2d(Operator):
     keeps_zero = False  # a window that leaves the map may still reach into it
     outside = -float("inf")
 
+    def span(self, axis: int) -> int:
+        """Input cells from the first tap to the last."""
+        return self.dilation[axis] * (self.kernel[axis] - 1) + 1
+
     def reach(self, edge: int, axis: int, low: Bound, high: Bound, in_size: int) -> tuple[Bound, Bound]:
-        span = self.dilation[axis] * (self.kernel[axis] - 1) + 1
         start = self.padding[axis]
-        return low * self.stride[axis] - start, (high - 1) * self.stride[axis] - start + span
+        return low * self.stride[axis] - start, (high - 1) * self.stride[axis] - start + self.span(axis)
+
+    def spread(self, edge: int, axis: int, low: Bound, high: Bound, in_size: int, out_size: int) -> tuple[Bound, Bound]:
+        return slide(low, high, self.span(axis), self.stride[axis], self.padding[axis], out_size)
 
     def scale(self, axis: int) -> int:
         return self.stride[axis]
@@ -63,6 +69,7 @@ class Spatial(Operator):
     window: tuple[Pair, Pair, Pair] | None = None
     kind: str = "spatial"  # type: ignore[misc]
     keeps_zero = True  # rows outside the map are zero
+    linear = True
 
     @property
     def translates(self) -> bool:  # type: ignore[override]
@@ -91,6 +98,13 @@ class Spatial(Operator):
             )
         ]
         starts, ends = np.array(bounds, dtype=np.int64).T
+        return (starts, ends) if np.ndim(low) else (int(starts[0]), int(ends[0]))
+
+    def spread(self, edge: int, axis: int, low: Bound, high: Bound, in_size: int, out_size: int) -> tuple[Bound, Bound]:
+        first, last = self._extent[axis]
+        reads = (first < np.atleast_1d(high)[:, None]) & (last > np.atleast_1d(low)[:, None])
+        starts = reads.argmax(1)
+        ends = np.where(reads.any(1), reads.shape[1] - reads[:, ::-1].argmax(1), starts)
         return (starts, ends) if np.ndim(low) else (int(starts[0]), int(ends[0]))
 
     def scale(self, axis: int) -> int:
@@ -147,9 +161,17 @@ class Pad(Operator):
     in_size: Pair
     kind = "pad"
     keeps_zero = False
+    linear = True
 
     def reach(self, edge: int, axis: int, low: Bound, high: Bound, in_size: int) -> tuple[Bound, Bound]:
         return low - self.amounts[axis], high - self.amounts[axis]
+
+    def spread(self, edge: int, axis: int, low: Bound, high: Bound, in_size: int, out_size: int) -> tuple[Bound, Bound]:
+        start = self.amounts[axis]
+        return np.clip(low + start, 0, out_size), np.clip(high + start, 0, out_size)
+
+    def change(self, inputs: Sequence[Tensor], step: Step | None) -> Tensor:
+        return replace(self, value=0.0).forward(inputs, step)
 
     def forward(self, inputs: Sequence[Tensor], step: Step | None) -> Tensor:
         (x,) = inputs
@@ -171,9 +193,13 @@ class Flatten(Operator):
     shape: tuple[int, int, int]
     kind = "flatten"
     translates = False
+    linear = True
 
     def reach(self, edge: int, axis: int, low: Bound, high: Bound, in_size: int) -> tuple[Bound, Bound]:
         return low * 0, low * 0 + in_size
+
+    def spread(self, edge: int, axis: int, low: Bound, high: Bound, in_size: int, out_size: int) -> tuple[Bound, Bound]:
+        return low * 0, low * 0 + out_size
 
     def scale(self, axis: int) -> int:
         return self.shape[1 + axis]

@@ -7,6 +7,7 @@ from conelens.ops._dispatch import require_kernels, use_backend
 from conelens.ops._register import backends
 from conelens.ops.channel_peaks import channel_peaks
 from conelens.ops.deconv2d import deconv2d
+from conelens.ops.gather_windows import gather_windows
 from conelens.ops.max_pool2d_with_switches import max_pool2d_with_switches
 from conelens.ops.max_unpool2d import max_unpool2d
 
@@ -14,6 +15,7 @@ __all__ = [
     "backends",
     "channel_peaks",
     "deconv2d",
+    "gather_windows",
     "max_pool2d_with_switches",
     "max_unpool2d",
     "require_kernels",

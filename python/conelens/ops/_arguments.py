@@ -46,14 +46,15 @@ def window(value: int | Sequence[int], name: str) -> Pair:
     return size
 
 
-def check_map(x: Any, name: str) -> None:
-    """x is a tensor [N,C,H,W] of a supported float type with cells to work on."""
+def check_map(x: Any, name: str, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
+    """x is a tensor [N,C,H,W] of one of the dtypes with cells to work on."""
     if not isinstance(x, Tensor):
         raise ArgumentError(f"{name} must be a tensor or a DLPack array, got {type(x).__name__}")
     if x.dim() != 4:
         raise ArgumentError(f"{name} must be [N,C,H,W], got shape {list(x.shape)}; add the missing axes with unsqueeze")
-    if x.dtype not in FLOATS:
-        raise ArgumentError(f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
+    if x.dtype not in dtypes:
+        *names, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ArgumentError(f"{name} must be {', '.join(names)} or {last}, got {x.dtype}")
     if x.shape[2] < 1 or x.shape[3] < 1:
         raise ArgumentError(f"{name} has no cells: shape {list(x.shape)}")
     if x.device.type not in ("cpu", "cuda", "meta"):
@@ -92,6 +93,13 @@ def is_channels_last(x: Tensor) -> bool:
 def readable(x: Tensor) -> Tensor:
     """x itself when its columns or its channels lie side by side, else a contiguous copy."""
     return x if x.stride(3) == 1 or x.stride(1) == 1 else packed(x)
+
+
+def in_layout_of(x: Tensor, like: Tensor) -> Tensor:
+    """x itself when its columns (or channels) lie side by side wherever like's do, else a copy that is laid out so."""
+    if same_layout(x, like):
+        return x
+    return packed(x, torch.channels_last if is_channels_last(like) else torch.contiguous_format)
 
 
 def packed(x: Tensor, layout: torch.memory_format = torch.contiguous_format) -> Tensor:

@@ -405,6 +405,7 @@ _OPERATOR = Operator(
     Implementations("deconv2d", compiled=_compiled, reference=_reference, order=_order),
     _fake,
 )
+transposed_filters = _OPERATOR  # for callers who know their arguments to fit, in the schema's form: the engine's small calls
 
 
 # --- gradient: a convolution, in differentiable operations -----------------------------------------

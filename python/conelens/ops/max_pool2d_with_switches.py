@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -58,7 +59,7 @@ def max_pool2d_with_switches(
         return PooledSwitches(*_OPERATOR(*args))
     if not isinstance(out, tuple) or len(out) != 2:
         raise ArgumentError(f"out must be (pooled, switches), got {type(out).__name__}")
-    shape = _output_shape(*args[:-1])
+    shape = _output_shape(x.shape, *args[1:-1])
     _OPERATOR.into(
         arguments.check_outs(
             [
@@ -74,11 +75,11 @@ def max_pool2d_with_switches(
 
 
 def _output_shape(
-    x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
+    shape: Sequence[int], kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
 ) -> tuple[int, int, int, int]:
     sizes = []
     for axis, name in enumerate(("height", "width")):
-        size = x.shape[2 + axis]
+        size = shape[2 + axis]
         k, s, p, d = kernel[axis], stride[axis], padding[axis], dilation[axis]
         length = reference.output_length(size, k, s, p, d, ceil_mode)
         if length < 1:
@@ -93,18 +94,20 @@ def _output_shape(
                     f"(size {size}, kernel {k}, stride {s}, padding {p}, dilation {d}); reduce the padding"
                 )
         sizes.append(length)
-    return x.shape[0], x.shape[1], sizes[0], sizes[1]
+    return shape[0], shape[1], sizes[0], sizes[1]
 
 
-def _allocate(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool) -> PooledSwitches:
-    shape = _output_shape(x, kernel, stride, padding, dilation, ceil_mode)
-    return PooledSwitches(arguments.empty(shape, x), arguments.empty(shape, x, dtype=reference.switch_dtype(kernel)))
+_known_shape = functools.lru_cache(maxsize=4096)(_output_shape)  # a small window costs less than counting it
+
+
+def _allocate(x: Tensor, shape: Sequence[int], kernel: Pair) -> tuple[Tensor, Tensor]:
+    return arguments.empty(shape, x), arguments.empty(shape, x, dtype=reference.switch_dtype(kernel))
 
 
 def _fake(
     x: Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool, relu: bool
 ) -> tuple[Tensor, Tensor]:
-    return tuple(_allocate(x, kernel_size, stride, padding, dilation, ceil_mode))  # type: ignore[return-value]
+    return _allocate(x, _output_shape(x.shape, kernel_size, stride, padding, dilation, ceil_mode), kernel_size)
 
 
 def _compiled(
@@ -122,7 +125,8 @@ def _compiled(
     if out is not None and all(arguments.same_layout(o, x) for o in out):
         pooled, switches = out
     else:
-        pooled, switches = _allocate(x, kernel_size, stride, padding, dilation, ceil_mode)
+        window = (tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation))  # the dispatcher brings lists
+        pooled, switches = _allocate(x, _known_shape(x.shape, *window, ceil_mode), kernel_size)
     native.module.max_pool2d_with_switches(  # type: ignore[union-attr]
         x, pooled, switches, kernel_size, stride, padding, dilation, relu, native.context(x.device)
     )
@@ -132,7 +136,7 @@ def _compiled(
 def _reference(
     x: Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool, relu: bool
 ) -> tuple[Tensor, Tensor]:
-    _output_shape(x, kernel_size, stride, padding, dilation, ceil_mode)
+    _output_shape(x.shape, kernel_size, stride, padding, dilation, ceil_mode)
     pooled, switches = reference.max_pool2d_with_switches(x, kernel_size, stride, padding, dilation, ceil_mode, relu)
     layout = torch.channels_last if arguments.is_channels_last(x) else torch.contiguous_format
     return pooled.contiguous(memory_format=layout), switches.contiguous(memory_format=layout)
@@ -144,6 +148,7 @@ _OPERATOR = Operator(
     Implementations("max_pool2d_with_switches", compiled=_compiled, reference=_reference),
     _fake,
 )
+pool_and_switches = _OPERATOR  # for callers who know their arguments to fit, in the schema's form: the engine's small calls
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -108,14 +108,6 @@ def _fake(
     return arguments.empty(_output_shape(pooled, kernel_size, stride, dilation, output_size, origin), pooled)
 
 
-def _in_layout_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """tensor with its columns (or channels) side by side wherever like's are."""
-    if arguments.same_layout(tensor, like):
-        return tensor
-    layout = torch.channels_last if arguments.is_channels_last(like) else torch.contiguous_format
-    return arguments.packed(tensor, layout)
-
-
 def _refuse(switches: Tensor, *window: Any) -> None:
     """Name the first invalid switch, if there is one."""
     invalid = reference.invalid_switches(switches, *window)
@@ -145,7 +137,7 @@ def _compiled(
     out: Tensor | None = None,
 ) -> Tensor:
     pooled = arguments.readable(pooled)
-    switches = _in_layout_of(switches, pooled)
+    switches = arguments.in_layout_of(switches, pooled)
     window = (kernel_size, stride, padding, dilation, output_size)
     if check and pooled.device.type != "cpu":
         _refuse(switches, *window, origin)

@@ -1,0 +1,222 @@
+"""The result of an occlusion sweep, and everything read off it: probabilities, labels, drops, maps, activities."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from conelens.errors import ArgumentError, CheckpointError, LayerError
+from conelens.occlusion.windows import Windows
+
+FORMAT = "conelens.Sweep 1"
+
+
+@dataclass
+class Activity:
+    """Activity max(0, x) of some channels of one layer, at every position of the sweep and on the clean image.
+
+    ``channels`` [N, K] (they may differ by image); ``sums`` and ``maxima`` [N, rows, cols, K] over the map's cells, NaN where the
+    sweep has not been; ``clean_sums`` and ``clean_maxima`` [N, K].
+    """
+
+    channels: Tensor
+    sums: Tensor
+    maxima: Tensor
+    clean_sums: Tensor
+    clean_maxima: Tensor
+
+
+@dataclass
+class Sweep:
+    """What a network returned for every image under every window.
+
+    ``outputs`` [N, rows, cols, ...]: the network's output per position; NaN where ``done`` [N, rows, cols] is False.
+    ``clean`` [N, ...]: for the images as they are. ``classifier`` "logits", "probabilities", or None for a network whose output is
+    no vector of classes. ``activity`` {layer: Activity} of the recorded layers. ``about``: the settings of the sweep.
+    """
+
+    outputs: Tensor
+    clean: Tensor
+    windows: Windows
+    classifier: str | None
+    done: Tensor
+    activity: dict[str, Activity]
+    about: dict[str, Any]
+
+    @property
+    def tops(self) -> np.ndarray:
+        """First pixel row of each row of windows, [rows]."""
+        return self.windows.tops
+
+    @property
+    def lefts(self) -> np.ndarray:
+        """First pixel column of each column of windows, [cols]."""
+        return self.windows.lefts
+
+    @property
+    def complete(self) -> bool:
+        """Has every position been visited?"""
+        return bool(self.done.all())
+
+    # --- classes -------------------------------------------------------------------------------------------------------
+
+    @property
+    def logits(self) -> Tensor:
+        """Class scores before the softmax, [N, rows, cols, classes]."""
+        if self.classifier == "probabilities":
+            raise ArgumentError("logits: this network returns probabilities; use outputs or probabilities")
+        return self._classes(self.outputs)
+
+    @property
+    def probabilities(self) -> Tensor:
+        """Class probabilities [N, rows, cols, classes]."""
+        return self._probabilities(self._classes(self.outputs))
+
+    def probability(self, k: Any = None) -> Tensor:
+        """Probability [N, rows, cols] of class ``k``: a number, one per image [N], or None for each image's own top class."""
+        return self._of_class(self.probabilities, k)
+
+    @property
+    def label(self) -> Tensor:
+        """Most probable class [N, rows, cols], int64; -1 where the sweep has not been."""
+        return self._classes(self.outputs).argmax(-1).masked_fill(~self.done, -1)
+
+    @property
+    def clean_label(self) -> Tensor:
+        """Most probable class of each image as it is, [N] int64."""
+        return self._classes(self.clean).argmax(-1)
+
+    def drop(self, k: Any = None, of: str = "probability") -> Tensor:
+        """How much class ``k`` loses, [N, rows, cols]: clean minus occluded; ``of`` "probability" or "output" (the raw score)."""
+        outputs, clean = self._classes(self.outputs), self._classes(self.clean)
+        if of == "probability":
+            outputs, clean = self._probabilities(outputs), self._probabilities(clean)
+        elif of != "output":
+            raise ArgumentError(f"of: got {of!r}, wanted 'probability' or 'output'")
+        return self._of_class(clean[:, None, None], k) - self._of_class(outputs, k)
+
+    def _classes(self, values: Tensor) -> Tensor:
+        if self.classifier is None:
+            raise ArgumentError(
+                f"this network returns {tuple(self.clean.shape[1:])} per image, which is no vector of classes; "
+                "read .outputs or .activity, or trace a classifier"
+            )
+        return values
+
+    def _probabilities(self, values: Tensor) -> Tensor:
+        return values if self.classifier == "probabilities" else values.softmax(-1)
+
+    def _of_class(self, values: Tensor, k: Any) -> Tensor:
+        """Entries [N, rows, cols] of class ``k`` out of [N, rows, cols, classes]."""
+        count, classes = len(values), values.shape[-1]
+        chosen = self.clean_label if k is None else torch.as_tensor(k)
+        if chosen.dtype.is_floating_point or chosen.ndim > 1 or (chosen.ndim == 1 and len(chosen) != count):
+            raise ArgumentError(f"k: got {k!r}, wanted a class number, or one for each of the {count} images")
+        if chosen.numel() and not (0 <= int(chosen.min()) and int(chosen.max()) < classes):
+            raise ArgumentError(f"k: got class {k}, this network has classes 0 to {classes - 1}")
+        index = chosen.to(values.device).long().expand(count).reshape(count, 1, 1, 1)
+        return values.gather(-1, index.expand(*values.shape[:3], 1))[..., 0]
+
+    # --- pictures ------------------------------------------------------------------------------------------------------
+
+    def pixel_map(self, values: Tensor) -> Tensor:
+        """Position values [N, rows, cols] as pixels [N, H, W]: each pixel the mean over the windows that cover it.
+
+        Captum's definition, when ``values`` are drops. NaN where no window covers a pixel.
+        """
+        rows, columns = (torch.from_numpy(c).to(values) for c in self.windows.covers())
+        total = torch.einsum("rh,nrc,cw->nhw", rows, values, columns)
+        return total / (rows.sum(0)[:, None] * columns.sum(0))
+
+    def upsample(self, values: Tensor) -> Tensor:
+        """Position values [N, rows, cols] as a smooth picture [N, H, W]: bilinear between the windows' centres."""
+        starts = (self.windows.tops, self.windows.lefts)
+        ends = (self.windows.bottoms, self.windows.rights)
+        weights = [
+            torch.from_numpy(_interpolation((start + end - 1) / 2, cells)).to(values)
+            for start, end, cells in zip(starts, ends, self.windows.image_size, strict=True)
+        ]
+        return torch.einsum("hr,nrc,wc->nhw", weights[0], values, weights[1])
+
+    def heatmap(self, k: Any = None) -> Tensor:
+        """The drop in probability of class ``k`` as a picture [N, H, W], up-sampled."""
+        return self.upsample(self.drop(k))
+
+    def recorded(self, layer: str) -> Activity:
+        """Activity of a recorded layer; LayerError names those there are."""
+        if layer not in self.activity:
+            there = ", ".join(self.activity) or "none; pass record=[...]"
+            raise LayerError(f"layer: got {layer!r}, which was not recorded (recorded: {there})")
+        return self.activity[layer]
+
+    # --- files ---------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``sweep.safetensors`` and ``sweep.json`` into ``folder``."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {"outputs": self.outputs, "clean": self.clean, "done": self.done}
+        for name, activity in self.activity.items():
+            tensors |= {f"activity\n{name}\n{field.name}": getattr(activity, field.name) for field in fields(activity)}
+        windows = {f.name: np.asarray(getattr(self.windows, f.name)).tolist() for f in fields(self.windows)}
+        about = {"format": FORMAT, "classifier": self.classifier, "windows": windows, "about": self.about}
+        parts = folder / "sweep.safetensors.part", folder / "sweep.json.part"
+        try:
+            save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, parts[0])
+            parts[1].write_text(json.dumps(about, indent=1), encoding="utf-8")
+            for part in parts:
+                part.replace(part.with_suffix(""))
+        finally:
+            for part in parts:
+                part.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Sweep:
+        """Read what :meth:`save` wrote; CheckpointError when it is no sweep."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        folder = Path(folder)
+        try:
+            about = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+            if about["format"] != FORMAT:
+                raise KeyError(about["format"])
+            tensors = load_file(folder / "sweep.safetensors")
+            held = about["windows"]
+            grid = [np.array(held[name], np.int64) for name in ("tops", "bottoms", "lefts", "rights")]
+            names = {key.split("\n")[1] for key in tensors if key.startswith("activity\n")}
+            activity = {
+                name: Activity(*(tensors[f"activity\n{name}\n{field.name}"] for field in fields(Activity))) for name in sorted(names)
+            }
+            size = (int(held["image_size"][0]), int(held["image_size"][1]))
+            windows = Windows(grid[0], grid[1], grid[2], grid[3], size)
+            sweep = cls(
+                tensors["outputs"], tensors["clean"], windows, about["classifier"], tensors["done"], activity, about["about"]
+            )
+            if sweep.done.shape != (len(sweep.clean), *windows.shape) or sweep.outputs.shape[:3] != sweep.done.shape:
+                raise ValueError("its tensors do not fit its grid")
+        except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
+            raise CheckpointError(f"{folder}: no sweep that this version can read ({error})") from error
+        return sweep
+
+
+class SweepInterrupted(KeyboardInterrupt):
+    """Ctrl-C during a sweep; ``sweep`` holds what is done and can be passed as ``resume``."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        super().__init__(f"interrupted after {int(sweep.done.sum())} of {sweep.done.numel()} positions")
+        self.sweep = sweep
+
+
+def _interpolation(centres: np.ndarray, cells: int) -> np.ndarray:
+    """Weights [cells, len(centres)] of linear interpolation between ``centres``, constant outside them."""
+    unit = np.eye(len(centres))
+    return np.stack([np.interp(np.arange(cells), centres, row) for row in unit], 1)
