@@ -35,6 +35,7 @@ class Graph:
         self.nodes: list[Node] = []
         self.outputs: list[int] = []
         self.output_leaves: list[int] = []  # where each of them stands among the tensors that the model returns
+        self.output_shapes: list[tuple[int, ...]] = []  # of one sample, as the model returns it
         self._memo: dict[Hashable, Any] = {}
 
     def add(self, op: Operator, inputs: tuple[int, ...], shape: tuple[int, int, int], vector: bool = False) -> Node:

@@ -125,7 +125,11 @@ class Network:
     def __call__(self, images: Tensor) -> Tensor:
         """The network's (first) output for ``images`` [N, C, H, W]."""
         (value,) = self._run(images, [self.graph.outputs[0]])
-        return value
+        return self.as_returned(value)
+
+    def as_returned(self, value: Tensor) -> Tensor:
+        """Values [N, C, H, W] or [N, F] of the output node in the shape that the model itself returns."""
+        return value.reshape(len(value), *self.graph.output_shapes[0])
 
     def forward(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
         """Raw outputs of ``layers`` for ``images`` [N, C, H, W]: {name: [N, C, H, W], or [N, F] for vectors}."""

@@ -63,4 +63,4 @@ class Rerun:
         target = graph.outputs[0]
         with exact_dtype(images.device):
             maps = forward_whole(graph, images, tuple(sorted({target, *(record.node for record in self.records)})))
-        return maps[target].flatten(1) if graph[target].vector else maps[target], maps
+        return self.net.as_returned(maps[target]), maps

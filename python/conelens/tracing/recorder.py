@@ -272,6 +272,7 @@ class Recorder(TorchFunctionMode):
         for leaf, tensor in enumerate(tensors_in(output)):
             if self.meaning(tensor) is not None:
                 self.graph.output_leaves.append(leaf)
+                self.graph.output_shapes.append(tuple(tensor.shape[1:]))
                 self.graph.outputs.append(self.map_of(tensor, "the model's output").index)
         if not self.graph.outputs:
             raise TraceError(
