@@ -171,8 +171,9 @@ def forward_whole(
     *,
     switches: dict[int, Tensor] | None = None,
     observe: Observer | None = None,
+    keep: frozenset[int] = frozenset(),
 ) -> dict[int, Tensor]:
-    """Whole-map forward pass to ``targets``; fills ``switches`` per max-pool node when given.
+    """Whole-map forward pass: the maps of ``targets``, and of ``keep``; fills ``switches`` per max-pool node when given.
 
     ``observe(node, last input)`` sees every node's input map (a gate's is the gate).
     """
@@ -188,7 +189,7 @@ def forward_whole(
             value, chosen = op.pool(inputs[0], True, relu=turn.rectifies)
             if switches is not None:
                 switches[index] = chosen
-        elif turn.in_place:
+        elif turn.in_place and turn.sources[0] not in keep:
             value = torch.relu_(inputs[0])
         else:
             value = op.forward(inputs, None)
@@ -196,8 +197,9 @@ def forward_whole(
             observe(index, inputs[-1])
         values[index] = value
         for source in turn.last_reads:
-            del values[source]
-    return {target: values[target] for target in targets}
+            if source not in keep:
+                del values[source]
+    return {index: values[index] for index in keep.union(targets)}
 
 
 def forward_cone(
