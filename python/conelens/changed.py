@@ -59,10 +59,22 @@ class AxisClass:
     ``low`` [P'] is where each position's region begins, inside the map; ``size`` holds the widest changed interval.
     """
 
+    axis: int
     members: np.ndarray
     low: dict[int, np.ndarray]
     size: dict[int, int]
-    whole: frozenset[int]  # nodes of which every position has the whole axis
+
+    def read(self, graph: Graph, index: int, edge: int) -> tuple[np.ndarray, int]:
+        """Where the cells begin that ``index`` reads from its input ``edge``, [P'], and how many they are."""
+        node = graph[index]
+        cells = graph[node.inputs[edge]].size[self.axis]
+        low, high = node.op.reach(edge, self.axis, self.low[index], self.low[index] + self.size[index], cells)
+        return low, int((high - low).max())
+
+    def lead(self, graph: Graph, index: int) -> int | None:
+        """Cells that ``index`` reads before the region of its input begins, where that is one number for all positions."""
+        ahead = self.low[graph[index].inputs[0]] - self.read(graph, index, 0)[0]
+        return int(ahead[0]) if (ahead == ahead[0]).all() else None
 
 
 def axis_class(graph: Graph, spans: AxisSpans, members: np.ndarray) -> AxisClass:
@@ -70,11 +82,15 @@ def axis_class(graph: Graph, spans: AxisSpans, members: np.ndarray) -> AxisClass
     low: dict[int, np.ndarray] = {}
     size: dict[int, int] = {}
     for index, (begin, end) in spans.spans.items():
-        cells = graph[index].size[spans.axis]
         size[index] = max(1, int((end[members] - begin[members]).max()))
-        low[index] = np.clip(begin[members], 0, cells - size[index])
-    whole = frozenset(index for index in size if size[index] == graph[index].size[spans.axis])
-    return AxisClass(members, low, size, whole)
+        low[index] = np.clip(begin[members], 0, graph[index].size[spans.axis] - size[index])
+    return AxisClass(spans.axis, members, low, size)
+
+
+def whole_class(graph: Graph, order: Sequence[int], axis: int) -> AxisClass:
+    """The class of positions whose regions are the whole map, everywhere."""
+    size = {index: graph[index].size[axis] for index in order}
+    return AxisClass(axis, np.zeros(1, np.int64), dict.fromkeys(order, np.zeros(1, np.int64)), size)
 
 
 def signatures(graph: Graph, spans: AxisSpans, nodes: Sequence[int]) -> list[np.ndarray]:

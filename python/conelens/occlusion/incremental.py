@@ -1,8 +1,177 @@
-"""Exact changed-region inference."""
+"""Exact changed-region inference: each position of a sweep costs what its window can change, and nothing else."""
 
-from conelens.occlusion.rerun import Rerun
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from conelens import ops
+from conelens.execution import Turn, exact_dtype, forward_whole
+from conelens.network import Network
+from conelens.occlusion.engine import Visited
+from conelens.occlusion.forms import Delta, Form, Gather, Patches
+from conelens.occlusion.records import Record, activity
+from conelens.occlusion.regions import Batch, SweepRegions, sweep_regions
+from conelens.occlusion.windows import Windows
+
+# Positions whose whole maps the tail takes at once: fully connected layers read their weights once for all of them.
+TAIL_UNITS = 512
 
 
-class Incremental(Rerun):
-    def __init__(self, net, images, filled, windows, records, form, memory):  # type: ignore[no-untyped-def]
-        super().__init__(net, images, filled, windows, records, memory)
+class Incremental:
+    """Runs the positions of a sweep on changed regions, group of images by group of images."""
+
+    def __init__(
+        self, net: Network, images: Tensor, filled: Tensor, windows: Windows, records: list[Record], form: str, memory: int
+    ) -> None:
+        self.net, self.images, self.filled, self.windows, self.records, self.memory = (
+            net, images, filled, windows, records, memory,
+        )  # fmt: skip
+        self.graph = net.graph
+        self.output = net.graph.outputs[0]
+        self.targets = tuple(sorted({self.output, *(record.node for record in records)}))
+        self.regions = sweep_regions(net.graph, self.targets, windows)
+        self._form: Form = Delta() if (form == "auto" and _skips_zeros(images)) or form == "delta" else Gather()
+        self.form = self._form.name
+        turns = [*self.regions.head, *self.regions.tail]
+        self.cached = frozenset(self._form.cached(net.graph, turns).union(self.targets, self.regions.seam))
+        cells = sum(math.prod(net.graph[index].shape) for index in self.cached)
+        self.group = max(1, min(len(images), memory // (4 * cells * images.element_size())))
+
+    def clean(self) -> tuple[Tensor, list[Record]]:
+        outputs, records = [], self.records
+        for start in range(0, len(self.images), self.group):
+            cache = self._cache(start)
+            outputs.append(self.net.as_returned(cache[self.output]))
+            found = [record.on_clean(cache[record.node]) for record in self.records]
+            records = [one.joined(other) for one, other in zip(records, found, strict=True)] if start else found
+        self.records = records
+        return torch.cat(outputs), records
+
+    def visit(self, units: np.ndarray) -> Iterator[Visited]:
+        for start in range(0, len(self.images), self.group):
+            some = units[(units[:, 0] >= start) & (units[:, 0] < start + self.group)]
+            if len(some):
+                yield from _Pass(self, start, self._cache(start)).run(some)
+
+    def _cache(self, start: int) -> Patches:
+        """Clean maps of one group of images."""
+        images = self.images[start : start + self.group]
+        if images.device.type == "cpu" and images.dtype != torch.float64:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with exact_dtype(images.device):
+            return forward_whole(self.graph, images, self.targets, keep=self.cached)
+
+
+def _skips_zeros(images: Tensor) -> bool:
+    """Do stock convolutions leave out the taps on padding? oneDNN in float32 does, and there changes cost less than values."""
+    return images.device.type == "cpu" and images.dtype == torch.float32
+
+
+class _Pass:
+    """The positions of one group of images."""
+
+    def __init__(self, engine: Incremental, start: int, cache: Patches) -> None:
+        self.engine, self.start, self.cache = engine, start, cache
+        self.regions: SweepRegions = engine.regions
+        self.graph, self.form = engine.graph, engine._form
+        self.device = engine.images.device
+        self.pending: list[_Pending] = []
+
+    def run(self, units: np.ndarray) -> Iterator[Visited]:
+        """``units`` [U, 3], class by class; results come when enough of them are together."""
+        waiting = 0
+        for row_class in self.regions.row_classes:
+            for column_class in self.regions.column_classes:
+                row, column = (_index_in(kind.members, units[:, 1 + axis]) for axis, kind in enumerate((row_class, column_class)))
+                mine = np.flatnonzero((row >= 0) & (column >= 0))
+                size = 64
+                for begin in range(0, len(mine), size):
+                    some = mine[begin : begin + size]
+                    image = torch.from_numpy(units[some, 0] - self.start).to(self.device)
+                    batch = Batch(self.graph, (row_class, column_class), row[some], column[some], image)
+                    self.pending.append(self._head(batch, units[some]))
+                    waiting += len(some)
+                    if waiting >= TAIL_UNITS:
+                        yield self._finish()
+                        waiting = 0
+        if waiting:
+            yield self._finish()
+
+    def _head(self, batch: Batch, units: np.ndarray) -> _Pending:
+        """Changed regions up to the seam; what the tail and the results need of them."""
+        with exact_dtype(self.device):
+            patches = self._walk(self.regions.head, {0: self._entry(batch)}, batch)
+            found = self._results(self.regions.head, patches, batch)
+            seam = {node: self.form.seam(node, patches[node], self.cache, batch) for node in self.regions.seam}
+        return _Pending(units, seam, found)
+
+    def _entry(self, batch: Batch) -> Tensor:
+        place = batch.region(0)
+        origin = batch.origin(place)
+        rows = batch.image + self.start
+        image, filled = (
+            ops.gather_windows(x, None, None, origin, place.size, rows=rows) for x in (self.engine.images, self.engine.filled)
+        )
+        return self.form.entry(image, filled)
+
+    def _walk(self, turns: list[Turn], patches: Patches, batch: Batch) -> Patches:
+        keep = {*self.regions.seam, *self.engine.targets}
+        for turn in turns:
+            if turn.sources:
+                patches[turn.node] = self.form.run(turn, patches, self.cache, batch)
+            for source in turn.last_reads:
+                if source not in keep:
+                    patches.pop(source, None)
+        return patches
+
+    def _results(self, turns: list[Turn], patches: Patches, batch: Batch) -> dict[str, tuple[Tensor, ...]]:
+        """What is asked of the nodes of ``turns``: the output under "", and recorded activities by their layers."""
+        mine = {turn.node for turn in turns}
+        engine = self.engine
+        found: dict[str, tuple[Tensor, ...]] = {}
+        if engine.output in mine:
+            full = self.form.full(engine.output, patches[engine.output], self.cache[engine.output], batch)
+            found[""] = (engine.net.as_returned(full),)
+        for record in engine.records:
+            if record.node in mine:
+                picked = record.pick(patches[record.node], batch.image + self.start)
+                everyone = torch.arange(len(self.cache[record.node]), device=self.device) + self.start
+                clean = record.pick(self.cache[record.node], everyone)
+                found[record.name] = activity(self.form.full(record.node, picked, clean, batch))
+        return found
+
+    def _finish(self) -> Visited:
+        """The tail, for all positions that wait for it."""
+        pending, self.pending = self.pending, []
+        units = np.concatenate([one.units for one in pending])
+        patches = {node: torch.cat([one.seam[node] for one in pending]) for node in self.regions.seam}
+        image = torch.from_numpy(units[:, 0] - self.start).to(self.device)
+        zero = np.zeros(len(units), np.int64)
+        batch = Batch(self.graph, self.regions.whole(), zero, zero, image)
+        with exact_dtype(self.device):
+            found = self._results(self.regions.tail, self._walk(self.regions.tail, patches, batch), batch)
+        for name in pending[0].found:
+            parts = zip(*(one.found[name] for one in pending), strict=True)
+            found[name] = tuple(torch.cat(part) for part in parts)
+        (outputs,) = found.pop("")
+        return Visited(units, outputs, {name: (sums, maxima) for name, (sums, maxima) in found.items()})
+
+
+class _Pending(NamedTuple):
+    """Positions between head and tail: ``seam`` on whole maps, ``found`` what the head already gave."""
+
+    units: np.ndarray
+    seam: Patches
+    found: dict[str, tuple[Tensor, ...]]
+
+
+def _index_in(members: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Index of each value among ``members``, or -1."""
+    place = np.clip(np.searchsorted(members, values), 0, len(members) - 1)
+    return np.where(members[place] == values, place, -1)

@@ -1,0 +1,231 @@
+"""The two exact forms of a step on changed regions.
+
+``Gather``: patches hold values; a layer reads them within their clean surroundings. ``Delta``: patches hold changes; a linear layer
+maps changes to changes and needs nothing else, zeros stay zeros bit for bit, and a non-linear one compares with the clean map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from conelens import ops
+from conelens.execution import Turn
+from conelens.graph import Graph
+from conelens.occlusion.regions import Batch, same_place
+from conelens.operators import Conv2d, Flatten, Linear, MaxPool2d, Operator, Place, Rectify, Spatial, Step
+
+Patches = dict[int, Tensor]  # [U, C, h, w] on the region of each node
+
+
+class Form(Protocol):
+    """One way to do a step."""
+
+    name: str
+
+    def cached(self, graph: Graph, turns: Sequence[Turn]) -> set[int]:
+        """Nodes of which the clean maps are needed."""
+
+    def entry(self, image: Tensor, filled: Tensor) -> Tensor:
+        """The patch of the input, from what is there and what the windows show, [U, C, h, w]."""
+
+    def run(self, turn: Turn, patches: Patches, cache: Patches, batch: Batch) -> Tensor:
+        """The patch of ``turn.node`` from those of its inputs; ``cache`` holds clean maps [B, C, H, W]."""
+
+    def full(self, node: int, patch: Tensor, clean: Tensor, batch: Batch) -> Tensor:
+        """Values on the whole map, [U, C, H, W]."""
+
+    def seam(self, node: int, patch: Tensor, cache: Patches, batch: Batch) -> Tensor:
+        """The patch widened to the whole map."""
+
+
+class Gather:
+    """Patches of values."""
+
+    name = "gather"
+
+    def cached(self, graph: Graph, turns: Sequence[Turn]) -> set[int]:
+        nodes = set()
+        for turn in turns:
+            if not (turn.passed or _cell_wise(turn.op) and len(turn.sources) == 1):
+                nodes.update(turn.sources)
+        return nodes
+
+    def entry(self, image: Tensor, filled: Tensor) -> Tensor:
+        return filled
+
+    def run(self, turn: Turn, patches: Patches, cache: Patches, batch: Batch) -> Tensor:
+        op = turn.op
+        if turn.passed:
+            return patches[turn.sources[0]]
+        whole = batch.whole(turn.node) and all(batch.whole(source) for source in turn.sources)
+        reads = [] if whole else [batch.read(turn.node, edge) for edge in range(len(turn.sources))]
+        inputs = [patches[source] for source in turn.sources]
+        if not whole:
+            inputs = [
+                _around(x, cache.get(source), batch, batch.region(source), read, op.outside)
+                for x, source, read in zip(inputs, turn.sources, reads, strict=True)
+            ]
+        step = None if whole else batch.step(turn.node, reads)
+        return _forward(turn, inputs, step)
+
+    def full(self, node: int, patch: Tensor, clean: Tensor, batch: Batch) -> Tensor:
+        return _around(patch, clean, batch, batch.region(node), _everywhere(batch, node), 0.0)
+
+    def seam(self, node: int, patch: Tensor, cache: Patches, batch: Batch) -> Tensor:
+        return self.full(node, patch, cache[node], batch)
+
+
+class Delta:
+    """Patches of changes."""
+
+    name = "delta"
+
+    def cached(self, graph: Graph, turns: Sequence[Turn]) -> set[int]:
+        nodes = set()
+        for turn in turns:
+            if not (turn.passed or turn.op.linear or not turn.sources):
+                nodes.update(turn.sources)
+                if not isinstance(turn.op, Rectify):
+                    nodes.add(turn.node)
+        return nodes
+
+    def entry(self, image: Tensor, filled: Tensor) -> Tensor:
+        return filled - image
+
+    def run(self, turn: Turn, patches: Patches, cache: Patches, batch: Batch) -> Tensor:
+        op, node = turn.op, turn.node
+        inputs = [patches[source] for source in turn.sources]
+        if turn.passed:
+            return inputs[0]
+        if isinstance(op, Conv2d):
+            return _convolve(op, node, inputs[0], batch)
+        if isinstance(op, Linear):
+            return op.change(inputs, None)
+        if op.linear:
+            return self._linear(turn, inputs, batch)
+        if isinstance(op, Rectify):
+            clean = _clean(cache[turn.sources[0]], batch, batch.region(node))
+            after = torch.relu_(inputs[0] + clean)
+            return after.sub_(torch.relu_(clean))
+        return self._nonlinear(turn, inputs, cache, batch)
+
+    def _linear(self, turn: Turn, inputs: list[Tensor], batch: Batch) -> Tensor:
+        """Changes of the inputs, zero around them, through a linear operator."""
+        op, node = turn.op, turn.node
+        held = [batch.region(source) for source in turn.sources]
+        if isinstance(op, Spatial):
+            return op.change(inputs, batch.step(node, held))
+        if isinstance(op, Flatten):
+            reads = [_everywhere(batch, turn.sources[0])]
+        else:
+            reads = [batch.read(node, edge) for edge in range(len(turn.sources))]
+        inputs = [_zeros_around(x, batch, place, read) for x, place, read in zip(inputs, held, reads, strict=True)]
+        return op.change(inputs, batch.step(node, reads))
+
+    def _nonlinear(self, turn: Turn, inputs: list[Tensor], cache: Patches, batch: Batch) -> Tensor:
+        """Values through the operator, minus the clean ones."""
+        node = turn.node
+        whole = batch.whole(node) and all(batch.whole(source) for source in turn.sources)
+        reads = [
+            _everywhere(batch, source) if whole else batch.read(node, edge) for edge, source in enumerate(turn.sources)
+        ]
+        values = [
+            ops.gather_windows(
+                cache[source], x, batch.origin(batch.region(source)), batch.origin(read), read.size,
+                rows=batch.image, fill=turn.op.outside, add=True,
+            )
+            for x, source, read in zip(inputs, turn.sources, reads, strict=True)
+        ]  # fmt: skip
+        after = _forward(turn, values, None if whole else batch.step(node, reads))
+        return after - _clean(cache[node], batch, batch.region(node))
+
+    def full(self, node: int, patch: Tensor, clean: Tensor, batch: Batch) -> Tensor:
+        everywhere = _everywhere(batch, node)
+        origins = batch.origin(batch.region(node)), batch.origin(everywhere)
+        return ops.gather_windows(clean, patch, *origins, everywhere.size, rows=batch.image, add=True)
+
+    def seam(self, node: int, patch: Tensor, cache: Patches, batch: Batch) -> Tensor:
+        return _zeros_around(patch, batch, batch.region(node), _everywhere(batch, node))
+
+
+def _cell_wise(op: Operator) -> bool:
+    """Does every output cell read the one input cell at its place?"""
+    return type(op).reach is Operator.reach
+
+
+def _forward(turn: Turn, inputs: list[Tensor], step: Step | None) -> Tensor:
+    op = turn.op
+    if isinstance(op, MaxPool2d):
+        return op.pool(inputs[0], step is None, relu=turn.rectifies)[0]
+    return op.forward(inputs, step)
+
+
+def _everywhere(batch: Batch, node: int) -> Place:
+    size = batch.graph[node].size
+    return Place(batch.region(node).low * 0, size)
+
+
+def _around(patch: Tensor, clean: Tensor | None, batch: Batch, held: Place, read: Place, outside: float) -> Tensor:
+    """Cells ``read``, out of the patch where it lies, else clean; ``outside`` beyond the map."""
+    if same_place(held, read):
+        return patch
+    assert clean is not None
+    origins = batch.origin(held), batch.origin(read)
+    return ops.gather_windows(clean, patch, *origins, read.size, rows=batch.image, fill=outside)
+
+
+def _zeros_around(patch: Tensor, batch: Batch, held: Place, read: Place) -> Tensor:
+    """Cells ``read`` out of a patch of changes; nothing changes elsewhere."""
+    if same_place(held, read):
+        return patch
+    return ops.gather_windows(patch, None, None, batch.origin(Place(read.low - held.low, read.size)), read.size)
+
+
+def _clean(maps: Tensor, batch: Batch, place: Place) -> Tensor:
+    return ops.gather_windows(maps, None, None, batch.origin(place), place.size, rows=batch.image)
+
+
+def _convolve(op: Conv2d, node: int, change: Tensor, batch: Batch) -> Tensor:
+    """A convolution of changes, by padding with zeros: oneDNN leaves out the taps that fall on them, so only changed inputs cost.
+
+    Padding is the same before and after; where the region has fewer cells on one side, the outputs beyond it are cut off.
+    """
+    (source,) = batch.graph[node].inputs
+    held, out = batch.region(source), batch.region(node)
+    fits = [_fit(op, axis, batch.classes[axis].lead(batch.graph, node), held.size[axis], out.size[axis]) for axis in (0, 1)]
+    if fits[0] is None or fits[1] is None:
+        read = batch.read(node, 0)
+        change, fits = _zeros_around(change, batch, held, read), [_Fit(0, read.size[axis], 0, 0) for axis in (0, 1)]
+    rows, columns = fits
+    assert rows is not None and columns is not None
+    change = change[:, :, rows.start : rows.stop, columns.start : columns.stop]
+    padding = (rows.padding, columns.padding)
+    y = F.conv2d(change, op.weight, None, op.stride, padding, op.dilation, op.groups)
+    return y[:, :, rows.front : rows.front + out.size[0], columns.front : columns.front + out.size[1]]
+
+
+class _Fit(NamedTuple):
+    """Along one axis: the changed cells that count, the zeros before and after them, and the outputs to cut off in front."""
+
+    start: int
+    stop: int
+    padding: int
+    front: int
+
+
+def _fit(op: Conv2d, axis: int, lead: int | None, held: int, out: int) -> _Fit | None:
+    """None where positions differ in how many cells lie before their region, or none of the region is read."""
+    if lead is None:
+        return None
+    length = (out - 1) * op.stride[axis] + op.span(axis)
+    start, stop = max(0, -lead), min(held, length - lead)
+    if start >= stop:
+        return None
+    before, after = max(0, lead), max(0, length - lead - held)
+    front = -(-max(0, after - before) // op.stride[axis])
+    return _Fit(start, stop, before + front * op.stride[axis], front)

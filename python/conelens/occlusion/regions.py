@@ -1,0 +1,110 @@
+"""What a sweep has to compute: the changed region of every layer, position by position, and how positions share the work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from conelens.changed import AxisClass, AxisSpans, axis_class, changed_spans, signatures, whole_class
+from conelens.execution import Turn, schedule
+from conelens.graph import Graph
+from conelens.occlusion.windows import Windows
+from conelens.operators import Pair, Place, Step
+from conelens.operators import Edge as ReadEdge
+
+# A layer of which this share is changed, on average over the positions, is computed whole, and all layers behind it.
+WHOLE_SHARE = 0.95
+
+
+@dataclass
+class SweepRegions:
+    """The regions of one grid of windows on one network.
+
+    The turns of the ``head`` run on changed regions, class of rows by class of columns; those of the ``tail`` on whole maps, for many
+    positions at once. ``seam``: nodes of the head that the tail reads.
+    """
+
+    graph: Graph
+    order: list[int]
+    targets: tuple[int, ...]
+    rows: AxisSpans
+    columns: AxisSpans
+    head: list[Turn]
+    tail: list[Turn]
+    seam: list[int]
+    row_classes: list[AxisClass]
+    column_classes: list[AxisClass]
+
+    def whole(self) -> tuple[AxisClass, AxisClass]:
+        """The classes that the tail runs in."""
+        return whole_class(self.graph, self.order, 0), whole_class(self.graph, self.order, 1)
+
+
+def sweep_regions(graph: Graph, targets: tuple[int, ...], windows: Windows) -> SweepRegions:
+    """Regions of all ancestors of ``targets`` under ``windows``."""
+    order = graph.ancestors(targets)
+    rows = changed_spans(graph, order, 0, windows.tops, windows.bottoms)
+    columns = changed_spans(graph, order, 1, windows.lefts, windows.rights)
+    turns = schedule(graph, targets)
+    behind: set[int] = set()
+    for turn in turns:
+        height, width = graph[turn.node].size
+        share = rows.widths(turn.node).mean() / height * (columns.widths(turn.node).mean() / width)
+        if turn.sources and (share >= WHOLE_SHARE or not behind.isdisjoint(turn.sources)):
+            behind.add(turn.node)
+    head = [turn for turn in turns if turn.node not in behind]
+    tail = [turn for turn in turns if turn.node in behind]
+    seam = sorted({source for turn in tail for source in turn.sources} - behind)
+    nodes = [turn.node for turn in head]
+    classes = [[axis_class(graph, axis, members) for members in signatures(graph, axis, nodes)] for axis in (rows, columns)]
+    return SweepRegions(graph, order, targets, rows, columns, head, tail, seam, classes[0], classes[1])
+
+
+class Batch:
+    """Some units that run together: all in one class of rows and one class of columns.
+
+    ``row`` and ``column`` [U] index the members of the classes; ``image`` [U] the images of the cache.
+    """
+
+    def __init__(
+        self, graph: Graph, classes: tuple[AxisClass, AxisClass], row: np.ndarray, column: np.ndarray, image: Tensor
+    ) -> None:
+        self.graph, self.classes, self.image = graph, classes, image
+        self._index = (row, column)
+        self._regions: dict[int, Place] = {}
+
+    def region(self, node: int) -> Place:
+        """Where the patches of ``node`` lie."""
+        if node not in self._regions:
+            lows, sizes = zip(*((c.low[node], c.size[node]) for c in self.classes), strict=True)
+            self._regions[node] = self._place(lows, sizes)
+        return self._regions[node]
+
+    def read(self, node: int, edge: int) -> Place:
+        """Where the cells lie that the patches of ``node`` read from input ``edge``."""
+        lows, sizes = zip(*(c.read(self.graph, node, edge) for c in self.classes), strict=True)
+        return self._place(lows, sizes)
+
+    def step(self, node: int, reads: list[Place]) -> Step:
+        """What the operator of ``node`` is told about its windows."""
+        return Step([ReadEdge((0, 0), read.size) for read in reads], reads, self.region(node))
+
+    def whole(self, node: int) -> bool:
+        """Is the region of ``node`` its whole map?"""
+        return self.region(node).size == self.graph[node].size
+
+    def _place(self, lows: tuple[np.ndarray, ...], sizes: tuple[int, ...]) -> Place:
+        low = np.stack([axis[index] for axis, index in zip(lows, self._index, strict=True)], 1)
+        return Place(low, (sizes[0], sizes[1]))
+
+    def origin(self, place: Place) -> Tensor:
+        """``place.low`` [U, 2] as a tensor where the images are."""
+        return torch.from_numpy(place.low).to(self.image.device)
+
+
+def same_place(a: Place, b: Place) -> bool:
+    """Do two batches of windows cover the same cells?"""
+    return a.size == b.size and bool((a.low == b.low).all())
