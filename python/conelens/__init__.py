@@ -23,6 +23,8 @@ _EXPORTS = {
     "occlude": "conelens.occlusion",
     "Sweep": "conelens.occlusion",
     "SweepInterrupted": "conelens.occlusion",
+    "zeiler_fergus": "conelens.occlusion",
+    "ZeilerFergus": "conelens.occlusion",
     "Interrupted": "conelens.peaks",
     "ConelensError": "conelens.errors",
     "ArgumentError": "conelens.errors",

@@ -3,5 +3,17 @@
 from conelens.occlusion.run import occlude
 from conelens.occlusion.sweep import Activity, Sweep, SweepInterrupted
 from conelens.occlusion.windows import Windows, make_windows
+from conelens.occlusion.zeiler import ZeilerFergus, panels_of, record_strongest, zeiler_fergus
 
-__all__ = ["Activity", "Sweep", "SweepInterrupted", "Windows", "make_windows", "occlude"]
+__all__ = [
+    "Activity",
+    "Sweep",
+    "SweepInterrupted",
+    "Windows",
+    "ZeilerFergus",
+    "make_windows",
+    "occlude",
+    "panels_of",
+    "record_strongest",
+    "zeiler_fergus",
+]
