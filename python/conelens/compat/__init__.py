@@ -1,0 +1,1 @@
+"""Doors for users of other tools, which need not be installed: the same call, answered by conelens."""
