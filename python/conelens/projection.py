@@ -118,7 +118,7 @@ def project(
 
 
 def _warn_dead(result: Projection, layer: str, channels: np.ndarray) -> None:
-    if bool((result.values > 0).all()):
+    if all(value > 0 for value in result.values.tolist()):
         return
     values = result.values.float().cpu().numpy()
     if np.isnan(values).any():
@@ -240,8 +240,7 @@ class _Job:
     def result(self) -> Projection:
         """Windows of all chunks, moved into the units' unclipped boxes; ordinary tensors, as autograd takes them."""
         count = len(self.units)
-        places = self.places if count else np.zeros((1, 2), np.int64)
-        boxes = unit_boxes(self.graph, self.node.index, places)
+        boxes = unit_boxes(self.graph, self.node.index, self.places if count else np.zeros((1, 2), np.int64))
         height, width = (boxes[:, 2:] - boxes[:, :2]).max(0).tolist()
         crops: Tensor | None = None
         for chunk, windows, low in self.windows:

@@ -61,7 +61,7 @@ def read_units(node: Node, images: Tensor, channel: Any, position: Any, image: A
 def _integers(name: str, value: Any, most: int) -> np.ndarray | None:
     if value is None:
         return None
-    array = value.numpy(force=True) if isinstance(value, Tensor) else np.asarray(value)
+    array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
     if array.size == 0:
         array = array.astype(np.int64)
     if array.dtype.kind not in "iu" or array.ndim > most:

@@ -110,7 +110,7 @@ def packed(x: Tensor, layout: torch.memory_format = torch.contiguous_format) -> 
 def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Fresh map in like's layout; a large one on the CPU asks for huge pages, as page faults cost more than the kernel."""
     layout = torch.channels_last if is_channels_last(like) else torch.contiguous_format
-    out = torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device, memory_format=layout)
+    out = torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=layout)
     size = out.numel()
     if isinstance(size, int) and size * out.itemsize >= _HUGE and out.device.type == "cpu":
         module = _native.cpu().module

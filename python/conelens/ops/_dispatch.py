@@ -77,7 +77,6 @@ class Implementations:
     name: str
     compiled: Callable[..., Any]  # (Native, *args, out=None)
     reference: Callable[..., Any]  # (*args)
-    compiled_limits: Callable[..., str | None] = field(default=lambda *_: None)
     order: tuple[str, ...] | Callable[..., tuple[str, ...]] = BACKENDS  # or what the arguments make of it
 
     def candidates(self, args: tuple[Any, ...]) -> tuple[str, ...]:
@@ -95,7 +94,7 @@ class Implementations:
             return native.reason
         if not hasattr(native.module, self.name):
             return f"conelens has no compiled {device.type} kernel for {self.name}"
-        return self.compiled_limits(*args)
+        return None
 
     def run(self, backend: str, device: torch.device, args: tuple[Any, ...], out: Any) -> Any:
         if backend == "reference":
