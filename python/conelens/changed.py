@@ -71,10 +71,9 @@ class AxisClass:
         low, high = node.op.reach(edge, self.axis, self.low[index], self.low[index] + self.size[index], cells)
         return low, int((high - low).max())
 
-    def lead(self, graph: Graph, index: int) -> int | None:
-        """Cells that ``index`` reads before the region of its input begins, where that is one number for all positions."""
-        ahead = self.low[graph[index].inputs[0]] - self.read(graph, index, 0)[0]
-        return int(ahead[0]) if (ahead == ahead[0]).all() else None
+    def leads(self, graph: Graph, index: int) -> np.ndarray:
+        """Cells that ``index`` reads before the region of its input begins, [P']."""
+        return self.low[graph[index].inputs[0]] - self.read(graph, index, 0)[0]
 
 
 def axis_class(graph: Graph, spans: AxisSpans, members: np.ndarray) -> AxisClass:

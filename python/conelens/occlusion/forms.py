@@ -194,15 +194,18 @@ def _convolve(op: Conv2d, node: int, change: Tensor, batch: Batch) -> Tensor:
     """A convolution of changes, by padding with zeros: oneDNN leaves out the taps that fall on them, so only changed inputs cost.
 
     Padding is the same before and after; where the region has fewer cells on one side, the outputs beyond it are cut off.
+    Positions that differ in how far their region lies inside what is read are brought into line first.
     """
-    (source,) = batch.graph[node].inputs
-    held, out = batch.region(source), batch.region(node)
-    fits = [_fit(op, axis, batch.classes[axis].lead(batch.graph, node), held.size[axis], out.size[axis]) for axis in (0, 1)]
-    if fits[0] is None or fits[1] is None:
+    held, out = batch.region(batch.graph[node].inputs[0]), batch.region(node)
+    leads = [kind.leads(batch.graph, node) for kind in batch.classes]
+    least = [int(lead.min()) for lead in leads]
+    size = tuple(held.size[axis] + int(leads[axis].max()) - least[axis] for axis in (0, 1))
+    if size != held.size:
         read = batch.read(node, 0)
-        change, fits = _zeros_around(change, batch, held, read), [_Fit(0, read.size[axis], 0, 0) for axis in (0, 1)]
-    rows, columns = fits
-    assert rows is not None and columns is not None
+        change = _zeros_around(change, batch, held, Place(read.low + least, (size[0], size[1])))
+    rows, columns = (_fit(op, axis, least[axis], size[axis], out.size[axis]) for axis in (0, 1))
+    if rows.start >= rows.stop or columns.start >= columns.stop:  # nothing of the region is read: a stride steps over it
+        return change.new_zeros((len(change), op.weight.shape[0], *out.size))
     change = change[:, :, rows.start : rows.stop, columns.start : columns.stop]
     padding = (rows.padding, columns.padding)
     y = F.conv2d(change, op.weight, None, op.stride, padding, op.dilation, op.groups)
@@ -218,14 +221,9 @@ class _Fit(NamedTuple):
     front: int
 
 
-def _fit(op: Conv2d, axis: int, lead: int | None, held: int, out: int) -> _Fit | None:
-    """None where positions differ in how many cells lie before their region, or none of the region is read."""
-    if lead is None:
-        return None
+def _fit(op: Conv2d, axis: int, lead: int, held: int, out: int) -> _Fit:
     length = (out - 1) * op.stride[axis] + op.span(axis)
     start, stop = max(0, -lead), min(held, length - lead)
-    if start >= stop:
-        return None
     before, after = max(0, lead), max(0, length - lead - held)
     front = -(-max(0, after - before) // op.stride[axis])
     return _Fit(start, stop, before + front * op.stride[axis], front)

@@ -35,9 +35,9 @@ class Incremental:
         self.graph = net.graph
         self.output = net.graph.outputs[0]
         self.targets = tuple(sorted({self.output, *(record.node for record in records)}))
-        self.regions = sweep_regions(net.graph, self.targets, windows)
         self._form: Form = Delta() if (form == "auto" and _skips_zeros(images)) or form == "delta" else Gather()
         self.form = self._form.name
+        self.regions = sweep_regions(net.graph, self.targets, windows, images.device.type, self.form == "delta")
         turns = [*self.regions.head, *self.regions.tail]
         self.cached = frozenset(self._form.cached(net.graph, turns).union(self.targets, self.regions.seam))
         cells = sum(math.prod(net.graph[index].shape) for index in self.cached)

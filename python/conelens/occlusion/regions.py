@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from conelens.changed import AxisClass, AxisSpans, axis_class, changed_spans, signatures, whole_class
+from conelens.changed import AxisClass, AxisSpans, changed_spans, whole_class
 from conelens.execution import Turn, schedule
 from conelens.graph import Graph
+from conelens.occlusion.classes import RATES, axis_classes
 from conelens.occlusion.windows import Windows
 from conelens.operators import Pair, Place, Step
 from conelens.operators import Edge as ReadEdge
@@ -43,8 +44,8 @@ class SweepRegions:
         return whole_class(self.graph, self.order, 0), whole_class(self.graph, self.order, 1)
 
 
-def sweep_regions(graph: Graph, targets: tuple[int, ...], windows: Windows) -> SweepRegions:
-    """Regions of all ancestors of ``targets`` under ``windows``."""
+def sweep_regions(graph: Graph, targets: tuple[int, ...], windows: Windows, device: str, delta: bool) -> SweepRegions:
+    """Regions of all ancestors of ``targets`` under ``windows``, with classes for a device ("cpu", "cuda") and a form."""
     order = graph.ancestors(targets)
     rows = changed_spans(graph, order, 0, windows.tops, windows.bottoms)
     columns = changed_spans(graph, order, 1, windows.lefts, windows.rights)
@@ -58,8 +59,7 @@ def sweep_regions(graph: Graph, targets: tuple[int, ...], windows: Windows) -> S
     head = [turn for turn in turns if turn.node not in behind]
     tail = [turn for turn in turns if turn.node in behind]
     seam = sorted({source for turn in tail for source in turn.sources} - behind)
-    nodes = [turn.node for turn in head]
-    classes = [[axis_class(graph, axis, members) for members in signatures(graph, axis, nodes)] for axis in (rows, columns)]
+    classes = [axis_classes(graph, head, axis, RATES[device], delta) for axis in (rows, columns)]
     return SweepRegions(graph, order, targets, rows, columns, head, tail, seam, classes[0], classes[1])
 
 

@@ -28,9 +28,10 @@ class ZeilerFergus:
 
     Attributes:
         image: [C, H, W], as the network takes it.
+        sweep: that this was read off.
         occluded: [C, H, W], panel (a): the image under the window at ``place``, where the class (or, without a classifier, the
             map) is weakest.
-        place: (row, column) of that window in ``windows``.
+        place: (row, column) of that window.
         layer, channel: the map that answers most to the image as it is.
         activity: [rows, cols], panel (b): max(0, x) of that map summed over its cells; ``clean_activity`` with nothing covered.
         projections: [1 + M, C, h, w], panel (c): deconvnet projection of the map's peak, in this image and then in others;
@@ -41,7 +42,7 @@ class ZeilerFergus:
     """
 
     image: Tensor
-    windows: Windows
+    sweep: Sweep
     occluded: Tensor
     place: tuple[int, int]
     layer: str
@@ -56,11 +57,19 @@ class ZeilerFergus:
     clean_probability: float | None = None
     labels: Tensor | None = None
 
+    def box(self) -> tuple[int, int, int, int]:
+        """Pixels of the window of panel (a): top, left, bottom, right (exclusive)."""
+        return self.sweep.windows.box(*self.place)
+
+    def smooth(self, values: Tensor) -> Tensor:
+        """Panel (b) or (d) as a picture [H, W]: bilinear between the windows' centres."""
+        return self.sweep.upsample(values[None])[0]
+
     def label_map(self) -> Tensor:
         """Panel (e) as a picture [H, W] int64: at each pixel the label of the window whose centre is nearest."""
         if self.labels is None:
             raise ArgumentError("label_map: this network is no classifier, so there are no labels; see activity")
-        windows = self.windows
+        windows = self.sweep.windows
         rows = _nearest(windows.tops, windows.bottoms, windows.image_size[0])
         columns = _nearest(windows.lefts, windows.rights, windows.image_size[1])
         return self.labels[rows[:, None], columns]
@@ -145,7 +154,7 @@ def panels_of(
     maps = _projections(net, images, layer, channels, others, count)
     return [
         ZeilerFergus(
-            images[n], sweep.windows, covered[n], places[n], layer, channels[n], activity[n],
+            images[n], sweep, covered[n], places[n], layer, channels[n], activity[n],
             float(active.clean_sums[n, which[n]]), *maps[n], **classes[n] if classes else {},
         )
         for n in range(len(images))
