@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from conelens.errors import ArgumentError
 
 GREY = 128
-_PAPER, _INK, _FAINT = (255, 255, 255), (24, 28, 36), (104, 110, 122)
+PAPER, INK, FAINT = (255, 255, 255), (24, 28, 36), (104, 110, 122)
 
 
 # ------------------------------------------------------------------------------------------ arrays to pixels
@@ -75,10 +75,6 @@ def cut(image: np.ndarray, box: Sequence[int], size: tuple[int, int] | None = No
 
 
 # ---------------------------------------------------------------------------------------------------- grids
-def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)
-
-
 def enlarge(tile: np.ndarray, side: int) -> Image.Image:
     """uint8 [h,w,3] or [h,w] as a side x side picture: aspect kept on mid-grey, pixels stay visible."""
     image = Image.fromarray(tile).convert("RGB")
@@ -105,23 +101,32 @@ def grid(
     total = max(cells or 0, len(tiles), 1)
     rows = -(-total // columns)
     below = 13 if labels else 0
-    sheet = Image.new("RGB", (columns * (side + gap) - gap, rows * (side + below + gap) - gap), _PAPER)
+    sheet = Image.new("RGB", (columns * (side + gap) - gap, rows * (side + below + gap) - gap), PAPER)
     pen = ImageDraw.Draw(sheet)
     for number in range(total):
         x, y = number % columns * (side + gap), number // columns * (side + below + gap)
         if number < len(tiles):
             sheet.paste(enlarge(np.asarray(tiles[number]), side), (x, y))
             if labels:
-                pen.text((x + 1, y + side), _fit(pen, labels[number], _font(10), side), _FAINT, _font(10))
+                write(pen, (x + 1, y + side), labels[number], 10, side, FAINT)
         else:
             pen.rectangle((x, y, x + side - 1, y + side - 1), outline=(222, 224, 228))
     return sheet
 
 
-def _fit(pen: ImageDraw.ImageDraw, text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, room: int) -> str:
+def write(
+    pen: ImageDraw.ImageDraw,
+    at: tuple[float, float],
+    text: str,
+    size: int,
+    room: float,
+    colour: tuple[int, int, int] = INK,
+) -> None:
+    """One line of text from its top left corner on, cut short with an ellipsis where it needs more than ``room`` pixels."""
+    font = ImageFont.load_default(size)
     while text and pen.textlength(text, font) > room:
         text = text[:-2] + "…" if len(text) > 2 else ""
-    return text
+    pen.text(at, text, colour, font)
 
 
 @dataclass(frozen=True)
@@ -143,11 +148,11 @@ def unit_panel(panel: UnitPanel, side: int = 96, columns: int = 3, scale: str = 
     shown = signed(panel.projections, scale) if len(panel.projections) else np.zeros((0, 3, 1, 1), np.uint8)
     right = grid([np.moveaxis(t, 0, -1) for t in shown], columns, side, cells=cells)
     margin, head = 10, 22 + (14 if panel.note else 0)
-    sheet = Image.new("RGB", (left.width + right.width + 3 * margin, left.height + head + margin), _PAPER)
+    sheet = Image.new("RGB", (left.width + right.width + 3 * margin, left.height + head + margin), PAPER)
     pen = ImageDraw.Draw(sheet)
-    pen.text((margin, 3), _fit(pen, panel.title, _font(14), sheet.width - 2 * margin), _INK, _font(14))
+    write(pen, (margin, 3), panel.title, 14, sheet.width - 2 * margin)
     if panel.note:
-        pen.text((margin, 21), _fit(pen, panel.note, _font(11), sheet.width - 2 * margin), _FAINT, _font(11))
+        write(pen, (margin, 21), panel.note, 11, sheet.width - 2 * margin, FAINT)
     sheet.paste(left, (margin, head))
     sheet.paste(right, (left.width + 2 * margin, head))
     return sheet
@@ -161,7 +166,7 @@ def montage(panels: Sequence[UnitPanel], side: int = 64, across: int = 2, scale:
     width = max(p.width for p in pictures)
     height = max(p.height for p in pictures)
     rows = -(-len(pictures) // across)
-    sheet = Image.new("RGB", (width * min(across, len(pictures)), height * rows), _PAPER)
+    sheet = Image.new("RGB", (width * min(across, len(pictures)), height * rows), PAPER)
     for number, picture in enumerate(pictures):
         sheet.paste(picture, (number % across * width, number // across * height))
     return sheet

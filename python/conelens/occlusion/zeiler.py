@@ -85,7 +85,7 @@ def zeiler_fergus(
     border: str = "flush",
     *,
     label: Any = None,
-    strongest: str = "sum",
+    strongest: str = "max",
     others: Tensor | ImageDataset | None = None,
     count: int = 8,
     form: str = "auto",
@@ -101,7 +101,8 @@ def zeiler_fergus(
         window, stride, fill, border, form, memory, progress: as in :func:`conelens.occlude`. The paper does not give the
             size of its grey square, nor its stride.
         label: the correct class, for all images or [N]; None: each image's most probable class as it is.
-        strongest: which map counts as strongest on the image as it is: by the "sum" of its activity or by its "max".
+        strongest: which map counts as strongest on the image as it is, which the paper leaves open: by the "max" of its
+            activity, the peak that is projected, or by its "sum".
         others: images that the map is also projected from, where it answers most: [K, C, H, W] or a data set of such items;
             None: the other ``images``. An image among them that is the shown one is passed over.
         count: how many of them at most.
@@ -117,7 +118,7 @@ def zeiler_fergus(
     return panels_of(net, images, sweep, layer, fill, label=label, strongest=strongest, others=others, count=count)
 
 
-def record_strongest(net: Network, images: Tensor, layer: str, strongest: str = "sum") -> Mapping[str, Any]:
+def record_strongest(net: Network, images: Tensor, layer: str, strongest: str = "max") -> Mapping[str, Any]:
     """What a sweep must ``record`` of ``layer`` so that :func:`panels_of` finds the strongest maps in it."""
     if strongest not in STRONGEST:
         raise ArgumentError(f"strongest: got {strongest!r}, wanted one of {', '.join(STRONGEST)}")
@@ -128,7 +129,7 @@ def record_strongest(net: Network, images: Tensor, layer: str, strongest: str = 
 
 
 def panels_of(
-    net: Network, images: Tensor, sweep: Sweep, layer: str, fill: Any, *, label: Any = None, strongest: str = "sum",
+    net: Network, images: Tensor, sweep: Sweep, layer: str, fill: Any, *, label: Any = None, strongest: str = "max",
     others: Tensor | ImageDataset | None = None, count: int = 8,
 ) -> list[ZeilerFergus]:  # fmt: skip
     """The figure's data from a finished sweep of ``images`` that recorded ``layer``; arguments as in :func:`zeiler_fergus`.

@@ -1,0 +1,133 @@
+"""Occlusion sweeps as pictures: a row of Zeiler & Fergus' figure per image, and what covering each place costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from conelens.data import Preprocess
+from conelens.heatmaps import LABEL_COLOURS, Heat, Labels, OcclusionRow, occlusion_figure, overlay, tell
+from conelens.occlusion import ZeilerFergus
+from conelens.report.page import Figure, Page, Section, Table
+
+Names = Sequence[str]
+KEPT, SMALLEST = 0.98, 16  # share of the projections that stays in view; pixels that stay at least
+
+
+GUIDE = (
+    "A window was moved over each image, and the network run for every place of it. (a) The image with the window where its class "
+    "suffers most; the outline in the other panels is that window. (b) Activity of the map that answers most to the image, summed "
+    "over the map, for each place of the window. (c) The peak of that map projected back to pixels by the deconvnet, framed for "
+    "this image, then for others where the map is strongest. (d) Probability of the class and (e) the most probable class, for "
+    "each place of the window's centre."
+)
+
+
+def class_name(label: int, classes: Names) -> str:
+    """The class's name, or its number where there are no names."""
+    return classes[label] if label < len(classes) else f"class {label}"
+
+
+def figure_row(name: str, panels: ZeilerFergus, recipe: Preprocess, classes: Names = ()) -> OcclusionRow:
+    """One image's panels as a row for :func:`conelens.heatmaps.occlusion_figure`; ``name`` is written under the image."""
+    box = panels.box()
+    size = f"window {box[2] - box[0]} x {box[3] - box[1]} pixels"
+    activity = Heat(_smooth(panels, panels.activity), panels.clean_activity, f"sum over map {panels.channel} of {panels.layer}")
+    shown, patches = _close_up(panels.projections.float().cpu().numpy(), [recipe.pixels(patch) for patch in panels.patches])
+    image = recipe.pixels(panels.occluded)
+    if panels.label is None or panels.probability is None or panels.clean_probability is None:
+        return OcclusionRow(image, box, [name, size], activity, shown, patches)
+    called = class_name(panels.label, classes)
+    probability = Heat(_smooth(panels, panels.probability), panels.clean_probability, called, percent=True)
+    lowest = tell(float(panels.probability.min()), percent=True)
+    caption = [name, called, f"{tell(panels.clean_probability, True)}, under this window {lowest}", size]
+    return OcclusionRow(image, box, caption, activity, shown, patches, probability, label_panel(panels, classes))
+
+
+def summary(names: Names, figures: Sequence[ZeilerFergus], classes: Names = ()) -> Table:
+    """A line per image: class, how probable as it is and at worst, where that is, what else it is then taken for."""
+    if not all(panels.label is not None for panels in figures):
+        header = ("image", "map", "activity", "lowest", "under window (top,left,bottom,right)")
+        lines = [
+            (name, f"{p.layer} {p.channel}", tell(p.clean_activity), tell(float(p.activity.min())), _box(p))
+            for name, p in zip(names, figures, strict=True)
+        ]
+        return Table(header, lines)
+    rows = []
+    for name, panels in zip(names, figures, strict=True):
+        assert panels.label is not None and panels.clean_probability is not None and panels.probability is not None
+        others = [class_name(label, classes) for label, _ in label_shares(panels) if label != panels.label]
+        told = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+        shares = tell(panels.clean_probability, True), tell(float(panels.probability.min()), True)
+        rows.append((name, class_name(panels.label, classes), *shares, _box(panels), told or "none"))
+    return Table(("image", "class", "probability", "lowest", "under window (top,left,bottom,right)", "other labels"), rows)
+
+
+def occlusion_page(title: str, names: Names, figures: Sequence[ZeilerFergus], recipe: Preprocess, classes: Names = ()) -> Page:
+    """The page of a sweep: the summary, then per image its row of the figure and its overlay. Names may repeat."""
+    about = figures[0].sweep.about
+    settings = (
+        f"Windows of {about['window'][0]} x {about['window'][1]} pixels, every {about['stride'][0]} and {about['stride'][1]} "
+        f"pixels, border {about['border']!r}: {figures[0].sweep.done[0].numel()} places per image."
+    )
+    page = Page(title, f"{GUIDE}\n{settings}", [Section("Summary", tables=[summary(names, figures, classes)])])
+    for number, (name, panels) in enumerate(zip(names, figures, strict=True)):
+        picture = occlusion_figure([figure_row(name, panels, recipe, classes)])
+        over = drop_overlay(name, panels, recipe, classes)
+        stem = f"{number:03d}_{name}"
+        page.sections.append(Section(stem, figures=[Figure(f"occlusion_{stem}", picture), Figure(f"overlay_{stem}", over)]))
+    return page
+
+
+def _box(panels: ZeilerFergus) -> str:
+    return ",".join(map(str, panels.box()))
+
+
+def label_panel(panels: ZeilerFergus, classes: Names = ()) -> Labels:
+    """Panel (e): the correct class first, then the others by their share of positions; what has no colour left is counted."""
+    assert panels.labels is not None
+    shares = label_shares(panels)
+    room = len(LABEL_COLOURS)
+    legend = [(label, f"{class_name(label, classes)} {tell(share, True)}") for label, share in shares[:room]]
+    rest = shares[room:]
+    told = f"{len(rest)} more {tell(sum(share for _, share in rest), True)}" if rest else ""
+    return Labels(panels.label_map().cpu().numpy(), legend, told)
+
+
+def label_shares(panels: ZeilerFergus) -> list[tuple[int, float]]:
+    """(class, share of positions where it is the most probable one): the correct class first, the others falling."""
+    assert panels.labels is not None
+    labels, counts = panels.labels.unique(return_counts=True)
+    found = zip(labels.tolist(), (counts / counts.sum()).tolist(), strict=True)
+    return sorted(found, key=lambda pair: (pair[0] != panels.label, -pair[1], pair[0]))
+
+
+def drop_overlay(name: str, panels: ZeilerFergus, recipe: Preprocess, classes: Names = ()) -> Image.Image:
+    """The image under what covering each place costs its class (without a classifier: the strongest map)."""
+    frame = recipe.pixels(panels.image)
+    if panels.label is None or panels.probability is None or panels.clean_probability is None:
+        drop = panels.clean_activity - _smooth(panels, panels.activity)
+        return overlay(frame, drop, f"{name}: what map {panels.channel} of {panels.layer} loses, by place covered")
+    drop = panels.clean_probability - _smooth(panels, panels.probability)
+    return overlay(frame, drop, f"{name}: what “{class_name(panels.label, classes)}” loses, by place covered", percent=True)
+
+
+def _close_up(projections: np.ndarray, patches: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Both cut to the middle square that holds nearly all of the projections: a receptive field is mostly empty at its rim."""
+    energy = (projections.astype(np.float64) ** 2).sum((0, 1))
+    least = KEPT * energy.sum()
+    rim = 0
+    limit = (min(energy.shape) - SMALLEST) // 2
+    while rim < limit and energy[rim + 1 : -rim - 1, rim + 1 : -rim - 1].sum() > least:
+        rim += 1
+    high, wide = energy.shape
+    inside = slice(rim, high - rim), slice(rim, wide - rim)
+    return projections[:, :, *inside], [patch[inside] for patch in patches]
+
+
+def _smooth(panels: ZeilerFergus, values: Tensor) -> np.ndarray:
+    picture: np.ndarray = panels.smooth(values).float().cpu().numpy()
+    return picture
