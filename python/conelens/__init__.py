@@ -25,6 +25,8 @@ _EXPORTS = {
     "SweepInterrupted": "conelens.occlusion",
     "zeiler_fergus": "conelens.occlusion",
     "ZeilerFergus": "conelens.occlusion",
+    "correspondence": "conelens.occlusion.correspondence",
+    "Correspondence": "conelens.occlusion.correspondence",
     "Interrupted": "conelens.peaks",
     "ConelensError": "conelens.errors",
     "ArgumentError": "conelens.errors",
