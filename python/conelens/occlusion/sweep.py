@@ -159,7 +159,7 @@ class Sweep:
 
     def save(self, folder: str | Path) -> None:
         """Write ``sweep.safetensors`` and ``sweep.json`` into ``folder``."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -170,7 +170,8 @@ class Sweep:
         about = {"format": FORMAT, "classifier": self.classifier, "windows": windows, "about": self.about}
         parts = folder / "sweep.safetensors.part", folder / "sweep.json.part"
         try:
-            save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, parts[0])
+            # not save_file, which makes the file unreadable to others and hides why it cannot be written
+            parts[0].write_bytes(save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}))
             parts[1].write_text(json.dumps(about, indent=1), encoding="utf-8")
             for part in parts:
                 part.replace(part.with_suffix(""))
