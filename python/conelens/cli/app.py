@@ -1,4 +1,4 @@
-"""The commands: layers, project, top, demo."""
+"""The commands: layers, project, top, occlude, demo."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.table import Table
 import conelens
 from conelens.cli import console
 from conelens.cli.console import OUT, guarded, say
+from conelens.errors import ArgumentError
 
 app = typer.Typer(
     name="conelens",
@@ -131,6 +132,66 @@ def top(
     console.writable(out)
     table = job.search(out, batch_size, resume)
     say(f"written: {job.write(table, out)}")
+
+
+@app.command()
+@guarded
+def occlude(
+    images: Annotated[list[Path] | None, typer.Argument(help="Image files.")] = None,
+    model: Annotated[str, typer.Option(help="squeezenet1_1, vgg16, alexnet, or package.module:factory.")] = "squeezenet1_1",
+    layer: Annotated[str | None, typer.Option(help="Whose strongest map is followed. Default: the last convolution.")] = None,
+    window: Annotated[str, typer.Option(help="Size of the window in pixels, N or HxW.")] = "32",
+    stride: Annotated[str, typer.Option(help="Pixels from window to window, N or HxW.")] = "8",
+    fill: Annotated[str, typer.Option(help="What it shows: mean, blur, or a colour 0..255 (one number or R,G,B).")] = "mean",
+    border: Annotated[str, typer.Option(help="flush: the last window ends at the border; clip: it is cut there.")] = "flush",
+    class_: Annotated[str | None, typer.Option("--class", help="Name or number. Default: each image's most probable.")] = None,
+    strongest: Annotated[str, typer.Option(help="The strongest map is that with the largest max or sum.")] = "max",
+    others: Annotated[Path | None, typer.Option(help="Folder to project the map from too. Default: the other images.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for report, pictures and sweep.")] = Path("conelens_occlude"),
+    form: Annotated[str, typer.Option(help="How: auto, delta, gather or rerun.")] = "auto",
+    memory: Annotated[str, typer.Option(help="Bound on working memory, such as 512M or 2G.")] = "2G",
+    plan: Annotated[bool, typer.Option("--plan", help="Only print what would be computed.")] = False,
+    resume: Annotated[
+        bool | None,
+        typer.Option(
+            help="Go on with the sweep in --out, or start anew. Default: go on where settings and images are the same."
+        ),
+    ] = None,
+    weights: Weights = None,
+    input_size: InputSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    scale: Scale = None,
+    fit: Fit = None,
+    policy: Policy = None,
+    device: Device = "cpu",
+) -> None:
+    """Move a window over images and show what covering each place changes."""
+    from conelens.cli.occlusion import OcclusionJob, Settings, plan_of
+    from conelens.cli.work import check_files, open_model
+
+    sizes = console.size(window, "--window"), console.size(stride, "--stride")
+    bound = console.memory(memory)
+    if not plan:
+        if not images:
+            raise ArgumentError("no images are given, wanted image files (only --plan does without)")
+        check_files(images)
+        console.writable(out)
+    bench = open_model(model, weights, input_size, mean, std, scale, fit, device, policy)
+    if plan:
+        OUT.print(plan_of(bench, *sizes, border), markup=False)
+        return
+    settings = Settings(layer, *sizes, fill, border, class_, strongest, form, bound)
+    job = OcclusionJob.prepare(bench, images or [], settings, others)
+    figures = job.figures(job.sweep(out, resume))
+    summary = job.summary(figures)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in summary.header:
+        table.add_column(heading, no_wrap=heading != "other labels")
+    for row in summary.rows:
+        table.add_row(*map(escape, row))
+    OUT.print(table)
+    say(f"written: {job.write(figures, out)}")
 
 
 @app.command()

@@ -136,12 +136,20 @@ def numbers(text: str, name: str) -> tuple[float, ...]:
     return values
 
 
-def size(text: str) -> tuple[int, int]:
+def size(text: str, option: str = "--input-size") -> tuple[int, int]:
     """ "224" or "240x320" (height x width)."""
     parts = text.lower().split("x")
     if len(parts) > 2 or not all(p.isdigit() and int(p) > 0 for p in parts):
-        raise ArgumentError(f"--input-size is {text!r}, wanted N or HxW")
+        raise ArgumentError(f"{option} is {text!r}, wanted N or HxW in pixels, at least 1")
     return int(parts[0]), int(parts[-1])
+
+
+def memory(text: str) -> int:
+    """ "2G", "512M" or a number of bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if not found:
+        raise ArgumentError(f"--memory is {text!r}, wanted such as 512M or 2G")
+    return int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
 
 
 def place(text: str | None) -> tuple[int, int] | str:

@@ -1,9 +1,10 @@
-"""What a table of peaks was made from, as short hashes by part, so that a resume can say what has changed."""
+"""What a table of peaks or a sweep was made from, as short hashes by part, so that a resume can say what has changed."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,31 +17,43 @@ from conelens.models import LoadedModel
 
 def fingerprint(model: LoadedModel, folder: Path, tiles: str | None, distinct: str) -> str:
     """ "model:… weights:… input:… tiles:… distinct:… images:…"; images count by relative path and size in bytes."""
-    recipe = model.preprocess
     files = [(os.path.relpath(path, folder), path.stat().st_size if path.exists() else -1) for path in find_images(folder)]
-    parts = {
-        "model": _short(model.name.encode()),
-        "weights": _weights(model.module.state_dict()),
-        "input": _short(repr((recipe.size, recipe.scale, recipe.mean, recipe.std, recipe.fit, recipe.short_side)).encode()),
-        "tiles": _short(repr(tiles).encode()),
-        "distinct": distinct,
-        "images": _short(repr(files).encode()),
-    }
-    return " ".join(f"{name}:{value}" for name, value in parts.items())
+    return _joined(
+        _model(model) | {"tiles": _short(repr(tiles).encode()), "distinct": distinct, "images": _short(repr(files).encode())}
+    )
 
 
-def require_same(kept: str, wanted: str) -> None:
+def sweep_fingerprint(model: LoadedModel, images: Tensor, settings: Mapping[str, object]) -> str:
+    """ "model:… weights:… input:… images:…" and the settings by name; images [N, C, H, W] count by their content."""
+    told = {name: _short(repr(value).encode()) for name, value in settings.items()}
+    return _joined(_model(model) | {"images": _tensors({"": images})} | told)
+
+
+def require_same(kept: str, wanted: str, what: str = "table") -> None:
     """ArgumentError that names the parts in which two fingerprints differ."""
     theirs, ours = (dict(part.partition(":")[::2] for part in text.split()) for text in (kept, wanted))
     differing = [name for name in ours if theirs.get(name) != ours[name]]
     if differing:
         raise ArgumentError(
-            f"--resume: that table was made with other {', '.join(differing)}; give the model, folder and options of the "
+            f"--resume: that {what} was made with other {', '.join(differing)}; give the model, images and options of the "
             "interrupted run, or start anew without --resume"
         )
 
 
-def _weights(state: dict[str, Tensor]) -> str:
+def _joined(parts: Mapping[str, str]) -> str:
+    return " ".join(f"{name}:{value}" for name, value in parts.items())
+
+
+def _model(model: LoadedModel) -> dict[str, str]:
+    recipe = model.preprocess
+    return {
+        "model": _short(model.name.encode()),
+        "weights": _tensors(model.module.state_dict()),
+        "input": _short(repr((recipe.size, recipe.scale, recipe.mean, recipe.std, recipe.fit, recipe.short_side)).encode()),
+    }
+
+
+def _tensors(state: dict[str, Tensor]) -> str:
     whole = hashlib.sha256()
     for name, value in state.items():
         whole.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from conelens.cli import console
 from conelens.cli.fingerprint import fingerprint, require_same
-from conelens.data import ImageFolder, TiledFolder, load_image
+from conelens.data import ImageFolder, Preprocess, TiledFolder, load_image
 from conelens.diagram import draw_image, draw_svg
 from conelens.errors import ArgumentError, ConelensError, DataError
 from conelens.figures import cut, enlarge, save_png, signed, unit_panel
@@ -95,6 +95,17 @@ def drawing(bench: Workbench, path: Path) -> None:
             save_png(draw_image(nodes), path)
 
 
+def write_report(page: Page, out: Path) -> Path:
+    """Write a page and its pictures; the pictures alone, with a word about it, where Jinja2 is missing."""
+    with console.writing(out):
+        try:
+            return write_page(page, out)
+        except ConelensError as error:
+            console.say(f"[yellow]warning[/]: {error}; the pictures are written without it")
+            write_figures(page, out)
+            return out / "figures"
+
+
 # --------------------------------------------------------------------------------------------------- project
 @dataclass(frozen=True)
 class ProjectedImages:
@@ -119,6 +130,25 @@ def check_files(paths: Sequence[Path]) -> None:
             raise ArgumentError(f"{path} is a folder, wanted image files: give {path / '*'}")
 
 
+def read_frames(recipe: Preprocess, paths: Sequence[Path]) -> tuple[list[str], list[np.ndarray]]:
+    """Names and frames uint8 [H,W,3] of the images that can be read; the others are named in warnings.
+
+    Raises:
+        DataError: none of the images can be read.
+    """
+    names: list[str] = []
+    frames: list[np.ndarray] = []
+    for path in paths:
+        try:
+            frames.append(recipe.frame(load_image(path)))
+            names.append(path.name)
+        except DataError as error:
+            warnings.warn(f"skipped: {error}", stacklevel=2)
+    if not frames:
+        raise DataError(f"none of the {len(paths)} images can be read")
+    return names, frames
+
+
 def project_images(
     bench: Workbench, paths: Sequence[Path], layer: str, channel: int, position: tuple[int, int] | str
 ) -> ProjectedImages:
@@ -133,16 +163,7 @@ def project_images(
         raise ArgumentError(f"channel {channel} of {layer} is out of range, wanted 0..{about.shape[0] - 1}")
     if not isinstance(position, str) and not (position[0] < about.shape[1] and position[1] < about.shape[2]):
         raise ArgumentError(f"position {position} is outside the {about.shape[1]} x {about.shape[2]} map of {layer}")
-    names: list[str] = []
-    frames: list[np.ndarray] = []
-    for path in paths:
-        try:
-            frames.append(recipe.frame(load_image(path)))
-            names.append(path.name)
-        except DataError as error:
-            warnings.warn(f"skipped: {error}", stacklevel=2)
-    if not frames:
-        raise DataError(f"none of the {len(paths)} images can be read")
+    names, frames = read_frames(recipe, paths)
     images = torch.stack([recipe.tensor(f) for f in frames]).to(bench.net.device)
     result = project(bench.net, images, layer, channel, position)
     rows, strips = [], []
@@ -275,9 +296,4 @@ class TopJob:
             page.sections.append(Section(layer, text, figures))
         with console.writing(out):
             (out / "top.csv").write_text("\n".join([*lines, ""]), encoding="utf-8")
-            try:
-                return write_page(page, out)
-            except ConelensError as error:
-                console.say(f"[yellow]warning[/]: {error}; the pictures are written without it")
-                write_figures(page, out)
-                return out / "figures"
+        return write_report(page, out)

@@ -18,11 +18,11 @@ KEPT, SMALLEST = 0.98, 16  # share of the projections that stays in view; pixels
 
 
 GUIDE = (
-    "A window was moved over each image, and the network run for every place of it. (a) The image with the window where its class "
-    "suffers most; the outline in the other panels is that window. (b) Activity of the map that answers most to the image, summed "
-    "over the map, for each place of the window. (c) The peak of that map projected back to pixels by the deconvnet, framed for "
-    "this image, then for others where the map is strongest. (d) Probability of the class and (e) the most probable class, for "
-    "each place of the window's centre."
+    "A window was moved over each image and the network run for every place of it. (a) The image with the window where its "
+    "class suffers most; the outline in the other panels is that window. (b) Activity of the map that answers most to the "
+    "image, summed over its cells, by the window's centre. (c) The peak of that map projected back to the pixels by the "
+    "deconvnet, framed for this image, then for others where the map is strongest. (d) Probability of the class and (e) the "
+    "most probable class, by the window's centre."
 )
 
 
@@ -50,9 +50,9 @@ def figure_row(name: str, panels: ZeilerFergus, recipe: Preprocess, classes: Nam
 def summary(names: Names, figures: Sequence[ZeilerFergus], classes: Names = ()) -> Table:
     """A line per image: class, how probable as it is and at worst, where that is, what else it is then taken for."""
     if not all(panels.label is not None for panels in figures):
-        header = ("image", "map", "activity", "lowest", "under window (top,left,bottom,right)")
+        header = ("image", "map", "activity", "lowest", "window top,left")
         lines = [
-            (name, f"{p.layer} {p.channel}", tell(p.clean_activity), tell(float(p.activity.min())), _box(p))
+            (name, f"{p.layer} {p.channel}", tell(p.clean_activity), tell(float(p.activity.min())), _corner(p))
             for name, p in zip(names, figures, strict=True)
         ]
         return Table(header, lines)
@@ -60,10 +60,10 @@ def summary(names: Names, figures: Sequence[ZeilerFergus], classes: Names = ()) 
     for name, panels in zip(names, figures, strict=True):
         assert panels.label is not None and panels.clean_probability is not None and panels.probability is not None
         others = [class_name(label, classes) for label, _ in label_shares(panels) if label != panels.label]
-        told = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+        told = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
         shares = tell(panels.clean_probability, True), tell(float(panels.probability.min()), True)
-        rows.append((name, class_name(panels.label, classes), *shares, _box(panels), told or "none"))
-    return Table(("image", "class", "probability", "lowest", "under window (top,left,bottom,right)", "other labels"), rows)
+        rows.append((name, class_name(panels.label, classes), *shares, _corner(panels), told or "none"))
+    return Table(("image", "class", "probability", "lowest", "window top,left", "other labels"), rows)
 
 
 def occlusion_page(title: str, names: Names, figures: Sequence[ZeilerFergus], recipe: Preprocess, classes: Names = ()) -> Page:
@@ -82,8 +82,8 @@ def occlusion_page(title: str, names: Names, figures: Sequence[ZeilerFergus], re
     return page
 
 
-def _box(panels: ZeilerFergus) -> str:
-    return ",".join(map(str, panels.box()))
+def _corner(panels: ZeilerFergus) -> str:
+    return ",".join(map(str, panels.box()[:2]))
 
 
 def label_panel(panels: ZeilerFergus, classes: Names = ()) -> Labels:
