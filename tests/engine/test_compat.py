@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import conelens
 from conelens.compat import _traced
 from conelens.compat.captum import Occlusion
+from conelens.compat.monai import OcclusionSensitivity
 from conelens.errors import ArgumentError
+from conelens.occlusion import make_windows
 from tests.kit.compare import relative
 
 IMAGES = torch.randn(2, 3, 21, 23, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
@@ -263,3 +269,162 @@ def test_progress_is_shown_on_request(capsys: pytest.CaptureFixture[str], monkey
     output = capsys.readouterr()
     assert "Occlusion attribution" in output.err
     assert not output.out
+
+
+# --- MONAI -----------------------------------------------------------------------------------------------------------------
+
+
+def sensitivity(
+    model: nn.Module, x: Tensor, mask: tuple[int, ...], step: tuple[int, ...], box: list[tuple[int, int]],
+    show: Callable[[Tensor], Tensor], activate: Callable[[Tensor], Tensor], weight: Tensor,
+) -> Tensor:  # fmt: skip
+    """MONAI's map, window by window and pixel by pixel, for a sweep inside ``box``, whose last window is moved inwards."""
+    starts = []
+    for (low, high), size, stride in zip(box, mask, step):
+        row = [low]
+        while row[-1] + size < high:
+            row.append(min(row[-1] + stride, high - size))
+        starts.append(row)
+    total: Any = 0
+    count = torch.zeros(x.shape[2:], dtype=x.dtype)
+    for corner in itertools.product(*starts):
+        cut = tuple(slice(a, a + size) for a, size in zip(corner, mask))
+        covered = x.clone()
+        covered[(slice(None), slice(None), *cut)] = show(x[(slice(None), slice(None), *cut)])
+        with torch.no_grad():
+            values = activate(model(covered))[0]
+        here = torch.zeros_like(count)
+        here[cut] = weight
+        total = total + values.reshape(-1, *[1] * here.ndim) * here
+        count += here
+    return (total / count)[None]
+
+
+ONE = IMAGES[:1]
+WHOLE = [(0, 21), (0, 23)]
+ones = torch.ones(())
+ANEW = "every position runs everything anew"
+
+
+def softmax(x: Tensor) -> Tensor:
+    return x.softmax(1)
+
+
+@pytest.mark.parametrize(("mode", "shown"), [(0.5, 0.5), (-1, -1.0), ("mean_img", float(ONE.mean()))])
+def test_monai_numbers_where_the_changed_region_alone_is_computed(mode: Any, shown: float) -> None:
+    model = classifier()
+    wanted = sensitivity(model, ONE, (8, 8), (3, 3), WHOLE, lambda part: torch.full_like(part, shown), softmax, ones)
+    found, label = OcclusionSensitivity(model, 8, mode=mode)(ONE)
+    assert_equal(found, wanted, 1e-12)
+    assert torch.equal(label, wanted.argmax(1, keepdim=True))
+    assert found.shape == (1, 5, 21, 23)
+    assert label.shape == (1, 1, 21, 23)
+
+
+def test_monai_numbers_of_masks_overlaps_activations_and_images_of_one_channel() -> None:
+    model = classifier()
+    zero = torch.zeros_like
+    found, _ = OcclusionSensitivity(model, (21, 6), mode=0, overlap=0, activate=False)(ONE)
+    assert_equal(found, sensitivity(model, ONE, (21, 6), (21, 6), WHOLE, zero, lambda y: y, ones), 1e-12)
+    found, _ = OcclusionSensitivity(model, (9, 16), mode=0, overlap=0.99, activate=torch.tanh)(ONE)
+    assert_equal(found, sensitivity(model, ONE, (9, 16), (1, 1), WHOLE, zero, torch.tanh, ones), 1e-12)
+    grey = nn.Sequential(nn.Conv2d(1, 3, 1).double(), model).eval()
+    found, _ = OcclusionSensitivity(grey, 10, mode=0)(ONE[:, :1])
+    assert_equal(found, sensitivity(grey, ONE[:, :1], (10, 10), (4, 4), WHOLE, zero, torch.sigmoid, ones), 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("b_box", "inner", "swept"),
+    [
+        ([5, 15, 2, 20], [(5, 15), (2, 20)], [(2, 18), (0, 23)]),
+        ([-1, -1, 12, -1], [(0, 21), (12, 23)], [(0, 21), (9, 23)]),
+        ([10, 12, 0, 99], [(10, 12), (0, 23)], [(7, 15), (0, 23)]),
+    ],
+)
+def test_monai_numbers_in_a_box(b_box: list[int], inner: list[tuple[int, int]], swept: list[tuple[int, int]]) -> None:
+    model = classifier()
+    wanted = sensitivity(model, ONE, (8, 8), (3, 3), swept, torch.zeros_like, softmax, ones)
+    wanted = wanted[:, :, slice(*inner[0]), slice(*inner[1])]
+    found, label = OcclusionSensitivity(model, 8, mode=0.0)(ONE, b_box)
+    assert_equal(found, wanted, 1e-12)
+    assert label.shape == (1, 1, *wanted.shape[2:])
+    with pytest.warns(UserWarning, match=ANEW):
+        assert_equal(OcclusionSensitivity(model, 8, mode=lambda x, part: 0 * part)(ONE, b_box)[0], wanted, 1e-12)
+
+
+def test_monai_numbers_where_everything_runs_anew() -> None:
+    model = classifier()
+    bell = [0.5 * (math.erf((k + 0.5) / (2**0.5 * 2)) - math.erf((k - 0.5) / (2**0.5 * 2))) for k in range(-4, 4)]
+    both = torch.tensor(bell, dtype=torch.float64)[:, None] * torch.tensor(bell, dtype=torch.float64)
+    fade = (both.max() - both) / (both.max() - both.min())
+    edge = torch.exp(-0.5 * (torch.arange(8) - 3.5) ** 2).double()
+    weight = (edge[:, None] * edge).clamp_min(1e-3)
+    cases: list[tuple[Any, Callable[[Tensor], Tensor], Tensor, float]] = [
+        ("gaussian", lambda part: part * fade, weight, 1e-6),
+        ("mean_patch", lambda part: part.mean() * torch.ones_like(part), ones, 1e-12),
+        (lambda x, part: part.flip(3) + x.mean(), lambda part: part.flip(3) + ONE.mean(), ones, 1e-12),
+    ]
+    for mode, show, weights, tolerance in cases:
+        with pytest.warns(UserWarning, match=f"{ANEW}.*(gaussian|mean_patch|function).*a number or 'mean_img'"):
+            found, _ = OcclusionSensitivity(model, 8, n_batch=5, mode=mode)(ONE)
+        assert_equal(found, sensitivity(model, ONE, (8, 8), (3, 3), WHOLE, show, softmax, weights), tolerance)
+
+
+def test_monai_volumes_further_arguments_and_training_mode() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv3d(1, 2, 3), nn.Dropout(), nn.Flatten(), nn.LazyLinear(3)).double()
+
+        def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+            return self.layers(x * scale)
+
+    model = Scaled()
+    model(ONE[:, None])
+    assert model.training
+    with pytest.warns(UserWarning, match=ANEW):
+        found, label = OcclusionSensitivity(model, (2, 9, 9), mode=0.0)(ONE[:, None], [-1, -1, 3, 12, -1, -1], scale=2.0)
+    assert all(part.training for part in model.modules())
+    model.eval()
+    swept = [(0, 3), (0, 16), (0, 23)]
+    wanted = sensitivity(
+        lambda x: model(x, scale=2.0), ONE[:, None], (2, 9, 9), (1, 3, 3), swept, torch.zeros_like, torch.sigmoid, ones  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert_equal(found, wanted[:, :, :, 3:12], 1e-12)
+    assert label.shape == (1, 1, 3, 9, 23)
+
+
+@pytest.mark.parametrize(
+    ("make", "call", "message"),
+    [
+        ({"mode": "blur"}, {}, "mode: got 'blur', wanted .*mean_img"),
+        ({"overlap": 1}, {}, "overlap: got 1"),
+        ({"n_batch": 0}, {}, "n_batch: got 0"),
+        ({"nn_module": len}, {}, "nn_module: got builtin"),
+        ({"mask_size": 22}, {}, r"mask_size: got \(22, 22\), larger than the image"),
+        ({"mask_size": (3, 3, 3)}, {}, "mask_size"),
+        ({"nn_module": classifier()[:3]}, {}, r"nn_module: returned \[\d+, 8, "),
+        ({}, {"x": IMAGES}, "x: got 2 images, wanted 1"),
+        ({}, {"x": ONE.long()}, "x: wanted an image"),
+        ({}, {"b_box": [1, 2]}, "b_box.*wanted 4 numbers"),
+        ({}, {"b_box": [5, 5, 0, 9]}, "b_box: .*empty"),
+    ],
+)
+def test_what_monai_would_not_take_is_refused(make: dict[str, Any], call: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        OcclusionSensitivity(**({"nn_module": classifier(), "mode": 0.0, "mask_size": 8} | make))(**({"x": ONE} | call))
+
+
+def test_a_grid_of_ones_own_has_to_fit_the_images() -> None:
+    with pytest.raises(ArgumentError, match=r"grid for images of \(20, 23\)"):
+        conelens.occlude(classifier(), IMAGES, make_windows((20, 23), 5, 5))
+    partial = conelens.occlude(classifier(), IMAGES, make_windows((21, 23), 5, 8))
+    assert torch.equal(partial.outputs, conelens.occlude(classifier(), IMAGES, 5, 8).outputs)
+    shifted = make_windows((21, 23), 5, 8)
+    with pytest.raises(ArgumentError, match="resume: that sweep has another grid"):
+        conelens.occlude(
+            classifier(),
+            IMAGES,
+            replace(shifted, tops=shifted.tops[::-1].copy(), bottoms=shifted.bottoms[::-1].copy()),
+            resume=partial,
+        )

@@ -6,14 +6,14 @@ Source: Captum 0.9, ``captum/attr/_core/occlusion.py`` and ``feature_ablation.py
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from conelens.compat._plain import Grid, as_tensor, attribute, select
+from conelens.compat._progress import bar
 from conelens.compat._traced import Traced
 from conelens.errors import ArgumentError, ConelensError
 from conelens.network import Network
@@ -60,7 +60,7 @@ class Occlusion:
             additional_forward_args: further arguments of ``forward_func``; tensors have the batch first.
             perturbations_per_eval: windows in one batch. It matters only where a warning says that everything runs anew;
                 elsewhere memory is bounded without it.
-            show_progress: a bar on the error stream, when it is a terminal.
+            show_progress: a bar on the error stream, when it is a terminal (extra 'cli').
 
         Returns:
             float32, as Captum's, on the inputs' device: the shape of the inputs where the target is one value per example, else
@@ -78,7 +78,7 @@ class Occlusion:
         grids = _grids(given, sliding_window_shapes, strides, baselines)
         extra = additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
         extra = () if additional_forward_args is None else extra
-        with torch.no_grad(), _bar() if show_progress else nullcontext() as progress:
+        with torch.no_grad(), bar("Occlusion attribution", show_progress) as progress:
             initial = as_tensor(self.forward_func(*given, *extra))
             select(initial, target)  # a target that does not fit is refused before the work begins
             network, reason = self._network(given, grids, extra, initial)
@@ -172,15 +172,3 @@ def _grid(x: Tensor, window: Any, step: Any, fill: Any) -> Grid:
 
 def _positive(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[[int, int], None] | None]:
-    try:
-        from conelens.cli.console import progress
-    except ImportError:
-        warnings.warn("show_progress needs the extra 'cli': pip install 'conelens[cli]'", stacklevel=4)
-        yield None
-        return
-    with progress("Occlusion attribution") as report:
-        yield report

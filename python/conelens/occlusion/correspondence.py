@@ -15,7 +15,7 @@ from conelens.changed import changed_spans
 from conelens.errors import ArgumentError, LayerError
 from conelens.execution import exact_dtype, forward_whole
 from conelens.network import Network, trace
-from conelens.occlusion.windows import fill_images
+from conelens.occlusion.windows import fill_images, inside_boxes
 
 SIGNS = ("three", "two")
 PLACEMENTS = ("independent", "together")
@@ -197,8 +197,8 @@ class _Changes:
 
     def __call__(self, filled: Tensor, places: np.ndarray) -> list[Tensor]:
         """int8 [N, L] per layer, for one box of ``places`` [N, 4] in each image."""
-        inside = _inside(places, self.images.shape[2:], self.images.device)
-        covered = torch.where(inside, filled, self.images)
+        here = inside_boxes(places, self.images.shape[2:], self.images.device)
+        covered = torch.where(here, filled, self.images)
         signs: list[list[Tensor]] = [[] for _ in self.nodes]
         for rows, before in zip(self.batches, self.clean):
             for kept, x, y in zip(signs, before, self._forward(covered[rows])):  # batches of one shape: equal cells, equal bits
@@ -214,15 +214,7 @@ class _Changes:
         """Bool [N, 1, h, w] per layer: the cells that the boxes can change. Some GPU kernels mix in neighbours, and round."""
         y, x = (changed_spans(self.graph, self.order, a, places[:, a], places[:, 2 + a]).spans for a in (0, 1))
         boxes = [np.stack([y[node][0], x[node][0], y[node][1], x[node][1]], 1) for node in self.nodes]
-        return [_inside(box, self.graph[node].size, self.images.device) for node, box in zip(self.nodes, boxes)]
-
-
-def _inside(boxes: np.ndarray, size: Sequence[int], device: torch.device) -> Tensor:
-    """Bool [N, 1, H, W]: the cells of boxes [N, 4]."""
-    y, x = (np.arange(cells) for cells in size)
-    top, left, bottom, right = boxes.T[:, :, None]
-    rows, columns = (y >= top) & (y < bottom), (x >= left) & (x < right)
-    return torch.from_numpy(rows[:, None, :, None] & columns[:, None, None, :]).to(device)
+        return [inside_boxes(box, self.graph[node].size, self.images.device) for node, box in zip(self.nodes, boxes)]
 
 
 def _compare(signs: Tensor, sign: str) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from conelens.occlusion.engine import Visited
 from conelens.occlusion.forms import Delta, Form, Gather, Patches
 from conelens.occlusion.records import Record, activity
 from conelens.occlusion.regions import Batch, SweepRegions, sweep_regions
-from conelens.occlusion.windows import Windows
+from conelens.occlusion.windows import Windows, inside_boxes
 
 # Positions whose whole maps the tail takes at once: fully connected layers read their weights once for all of them.
 TAIL_UNITS = 512
@@ -88,7 +88,9 @@ class _Pass:
         waiting = 0
         for row_class in self.regions.row_classes:
             for column_class in self.regions.column_classes:
-                row, column = (_index_in(kind.members, units[:, 1 + axis]) for axis, kind in enumerate((row_class, column_class)))
+                row, column = (
+                    _index_in(kind.members, units[:, 1 + axis]) for axis, kind in enumerate((row_class, column_class))
+                )
                 mine = np.flatnonzero((row >= 0) & (column >= 0))
                 size = 64
                 for begin in range(0, len(mine), size):
@@ -106,18 +108,21 @@ class _Pass:
     def _head(self, batch: Batch, units: np.ndarray) -> _Pending:
         """Changed regions up to the seam; what the tail and the results need of them."""
         with exact_dtype(self.device):
-            patches = self._walk(self.regions.head, {0: self._entry(batch)}, batch)
+            patches = self._walk(self.regions.head, {0: self._entry(batch, units)}, batch)
             found = self._results(self.regions.head, patches, batch)
             seam = {node: self.form.seam(node, patches[node], self.cache, batch) for node in self.regions.seam}
         return _Pending(units, seam, found)
 
-    def _entry(self, batch: Batch) -> Tensor:
+    def _entry(self, batch: Batch, units: np.ndarray) -> Tensor:
         place = batch.region(0)
         origin = batch.origin(place)
         rows = batch.image + self.start
         image, filled = (
             ops.gather_windows(x, None, None, origin, place.size, rows=rows) for x in (self.engine.images, self.engine.filled)
         )
+        boxes = self.engine.windows.boxes(units) - np.tile(place.low, 2)
+        if (boxes[:, 2:] - boxes[:, :2] != place.size).any():  # among whole windows, one that the border cuts off
+            filled = torch.where(inside_boxes(boxes, place.size, self.device), filled, image)
         return self.form.entry(image, filled)
 
     def _walk(self, turns: list[Turn], patches: Patches, batch: Batch) -> Patches:

@@ -26,7 +26,7 @@ DEFAULT_MEMORY = 2 * 2**30
 def occlude(
     net: Network | nn.Module | Callable[[Tensor], Tensor],
     images: Tensor,
-    window: int | Sequence[int] = 16,
+    window: int | Sequence[int] | Windows = 16,
     stride: int | Sequence[int] = 4,
     fill: Any = 0.0,
     border: str = "flush",
@@ -45,7 +45,8 @@ def occlude(
         net: from :func:`conelens.trace`; or a module, which is traced here; or any function of images [N, C, H, W], which is run
             anew for every position.
         images: [N, C, H, W] in the network's input space.
-        window, stride: (height, width) in pixels, or one number for both. Strides need not divide.
+        window, stride: (height, width) in pixels, or one number for both. Strides need not divide. Or a grid of one's own as
+            ``window``, which leaves nothing for ``stride`` and ``border`` to say.
         fill: what the window shows, in the network's input space: a number, one per channel, a tensor that broadcasts to the
             images, "mean" (of each image and channel), "blur", or a function of the images.
         border: "flush": the last window ends at the border; "clip": the last window is cut off there (Captum).
@@ -74,13 +75,16 @@ def occlude(
         raise ArgumentError("images: got none, wanted at least one")
     if not bool(torch.isfinite(images).all()):
         raise ArgumentError("images: hold NaN or infinity; clean the data first")
-    windows = make_windows((images.shape[2], images.shape[3]), window, stride, border)
+    image_size = (images.shape[2], images.shape[3])
+    windows = window if isinstance(window, Windows) else make_windows(image_size, window, stride, border)
+    if windows.image_size != image_size:
+        raise ArgumentError(f"window: got a grid for images of {windows.image_size}, wanted one for {image_size}")
     about = {
-        "window": list(pair(window, "window")), "stride": list(pair(stride, "stride")), "border": border,
+        "window": list(windows.largest), "stride": None if windows is window else list(pair(stride, "stride")), "border": border,
         "fill": fill if isinstance(fill, int | float | str) else f"{type(fill).__name__}",
     }  # fmt: skip
     with torch.inference_mode():
-        filled = fill_images(fill, images, pair(window, "window"))
+        filled = fill_images(fill, images, windows.largest)
         records = read_records(network, record)
         engine: Engine
         if network is None or form == "rerun":
@@ -171,6 +175,9 @@ def _require_same(resume: Sweep, fresh: Sweep) -> None:
             raise ArgumentError(f"resume: that sweep has {name} {tuple(theirs)}, this one {tuple(ours)}; use the same settings")
     if resume.about | {"form": ""} != fresh.about | {"form": ""} or set(resume.activity) != set(fresh.activity):
         raise ArgumentError(f"resume: that sweep was made with {resume.about}, this one with {fresh.about}")
+    grids = ([getattr(sweep.windows, axis) for axis in ("tops", "bottoms", "lefts", "rights")] for sweep in (resume, fresh))
+    if not all(np.array_equal(theirs, ours) for theirs, ours in zip(*grids)):
+        raise ArgumentError("resume: that sweep has another grid of windows; use the same")
     if not torch.allclose(resume.clean, fresh.clean.to(resume.clean), rtol=1e-3, atol=1e-4):
         raise ArgumentError("resume: that sweep is of other images or another network; start anew without resume")
 

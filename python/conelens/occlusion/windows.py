@@ -34,9 +34,19 @@ class Windows:
         """(rows, cols) of the grid."""
         return len(self.tops), len(self.lefts)
 
+    @property
+    def largest(self) -> Pair:
+        """(height, width) of the largest window."""
+        return int((self.bottoms - self.tops).max()), int((self.rights - self.lefts).max())
+
     def box(self, row: int, column: int) -> tuple[int, int, int, int]:
         """Pixels of one window: top, left, bottom, right (exclusive)."""
         return int(self.tops[row]), int(self.lefts[column]), int(self.bottoms[row]), int(self.rights[column])
+
+    def boxes(self, units: np.ndarray) -> np.ndarray:
+        """Pixels [U, 4] of the windows of ``units`` [U, 3] (image, row, column), in the order of :meth:`box`."""
+        _, row, column = units.T
+        return np.stack([self.tops[row], self.lefts[column], self.bottoms[row], self.rights[column]], 1)
 
     def covers(self) -> tuple[np.ndarray, np.ndarray]:
         """Which pixel rows and columns each window covers: bool [rows, H] and [cols, W]."""
@@ -129,6 +139,14 @@ def _blurred(images: Tensor, window: Pair) -> Tensor:
         weight = kernel.reshape(shape).expand(images.shape[1], 1, *([len(kernel), 1] if axis == 2 else [1, len(kernel)]))
         blurred = F.conv2d(padded, weight, groups=images.shape[1])
     return blurred
+
+
+def inside_boxes(boxes: np.ndarray, size: Sequence[int], device: torch.device) -> Tensor:
+    """Bool [N, 1, H, W]: the cells of boxes [N, 4] (top, left, bottom, right), which may reach beyond a map of ``size``."""
+    y, x = (np.arange(cells) for cells in size)
+    top, left, bottom, right = boxes.T[:, :, None]
+    rows, columns = (y >= top) & (y < bottom), (x >= left) & (x < right)
+    return torch.from_numpy(rows[:, None, :, None] & columns[:, None, None, :]).to(device)
 
 
 def occluded(images: Tensor, filled: Tensor, windows: Windows, units: np.ndarray) -> Tensor:
