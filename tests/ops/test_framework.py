@@ -240,3 +240,60 @@ def test_out_whose_cells_share_memory_is_refused() -> None:
     x, switches = torch.randn(2, 1, 8, 8), torch.empty(2, 1, 4, 4, dtype=torch.uint8)
     with pytest.raises(ArgumentError, match=r"out\[0\].*several cells in one place"):
         ops.max_pool2d_with_switches(x, 2, out=(torch.empty(1, 1, 4, 4).expand(2, 1, 4, 4), switches))
+
+
+def _pool_into_one_place(x: torch.Tensor) -> None:
+    pooled = torch.empty_like(x)
+    ops.max_pool2d_with_switches(x, 1, out=(pooled, pooled.view(torch.uint8)[..., ::4]))
+
+
+@pytest.mark.parametrize(
+    ("call", "shared"),
+    [
+        (lambda x, s, w: ops.max_pool2d_with_switches(x, 1, out=(x, s)), r"out\[0\] shares memory with x"),
+        (lambda x, s, w: _pool_into_one_place(x), r"out\[0\] shares memory with out\[1\]"),
+        (lambda x, s, w: ops.max_unpool2d(x, s, 1, output_size=(4, 4), out=x), "out shares memory with pooled"),
+        (lambda x, s, w: ops.deconv2d(x, w, out=x), "out shares memory with y"),
+        (lambda x, s, w: ops.deconv2d(x[:, :4], w[:4, :4], out=x[:, 3:7]), "out shares memory with y"),
+        (lambda x, s, w: ops.deconv2d(w.view(1, 1, 8, 8), w[:1, :1], out=w.view(1, 1, 8, 8)), "out shares memory with y"),
+        (
+            lambda x, s, w: ops.deconv2d(x[:, :1].clone(), w[:1, :1], out=w.flatten()[:16].view(1, 1, 4, 4)),
+            "out .* with weight",
+        ),
+        (lambda x, s, w: ops.channel_peaks(x, out=(x[..., 0, 0], torch.empty(1, 8, dtype=torch.int32))), r"out\[0\] .* with x"),
+    ],
+)
+def test_out_that_shares_memory_with_an_input_is_refused(call: Any, shared: str) -> None:
+    """A kernel would read what it has written, and the result would be wrong without a word."""
+    x = torch.randn(1, 8, 4, 4)
+    switches, weight = torch.zeros(1, 8, 4, 4, dtype=torch.uint8), torch.randn(8, 8, 1, 1)
+    with pytest.raises(ArgumentError, match=shared):
+        call(x, switches, weight)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_out_may_lie_between_the_cells_of_an_input(layout: torch.memory_format) -> None:
+    """Slices of one buffer that touch no cell twice are welcome: a block that writes beside what it reads."""
+    buffer = torch.randn(2, 8, 4, 4).contiguous(memory_format=layout)
+    weight = torch.randn(4, 4, 1, 1)
+    expected = ops.deconv2d(buffer[:, :4].clone(), weight)
+    ops.deconv2d(buffer[:, :4], weight, out=buffer[:, 4:])
+    torch.testing.assert_close(buffer[:, 4:], expected)
+
+
+def test_out_that_shares_memory_is_seen_through_other_libraries() -> None:
+    x = np.random.default_rng(0).normal(size=(1, 2, 4, 4)).astype(np.float32)
+    with pytest.raises(ArgumentError, match="out shares memory with y"):
+        ops.deconv2d(x, np.ones((2, 2, 1, 1), np.float32), out=x)
+
+
+def test_arrays_that_torch_cannot_hold_are_named() -> None:
+    x, weight = np.zeros((1, 2, 4, 4), np.float32), np.ones((2, 2, 1, 1), np.float32)
+    with pytest.raises(ArgumentError, match=r"y is not in this machine's byte order \(>f4\); use y.astype\('<f4'\)"):
+        ops.deconv2d(x.astype(">f4"), weight)
+    with pytest.raises(ArgumentError, match="weight is not in this machine's byte order"):
+        ops.deconv2d(x, weight=weight.astype(">f4"))
+    with pytest.raises(ArgumentError, match="out is not in this machine's byte order"):
+        ops.deconv2d(x, weight, out=x.astype(">f4"))
+    with pytest.raises(ArgumentError, match="x is a NumPy array of object"):
+        ops.channel_peaks(x.astype(object))

@@ -82,6 +82,33 @@ def check_outs(outs: Sequence[tuple[str, Any, Sequence[int], torch.dtype]], like
     return tuple(tensor for _, tensor, _, _ in outs)
 
 
+class _Footprint:
+    """Where the cells of a tensor lie in memory, on any device, for NumPy's arithmetic of addresses."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": tuple(x.shape),
+            "strides": tuple(stride * x.itemsize for stride in x.stride()),
+            "typestr": f"|V{x.itemsize}",
+            "data": (x.data_ptr(), False),
+        }
+
+
+def _end(x: Tensor) -> int:
+    """The address behind the last cell."""
+    return x.data_ptr() + (sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) + 1) * x.itemsize
+
+
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Is a cell of one in the place of a cell of the other? Exact, but yes where that takes too long to find out."""
+    if a.device != b.device or a.numel() == 0 or b.numel() == 0:
+        return False
+    if _end(a) <= b.data_ptr() or _end(b) <= a.data_ptr():
+        return False
+    return bool(np.may_share_memory(np.asarray(_Footprint(a)), np.asarray(_Footprint(b)), max_work=10_000))
+
+
 # --- layouts --------------------------------------------------------------------------------------
 
 
@@ -129,11 +156,23 @@ def same_layout(out: Tensor | None, like: Tensor) -> bool:
 # --- other array libraries ------------------------------------------------------------------------
 
 
-def _from_array(array: Any) -> Any:
+def _from_array(array: Any, name: str) -> Any:
     if isinstance(array, np.ndarray):
         fits = array.flags.writeable and all(s >= 0 for s in array.strides)
-        return torch.from_numpy(array if fits else array.copy())
+        return _from_numpy(array if fits else array.copy(), name)
     return torch.from_dlpack(array) if hasattr(array, "__dlpack__") else array
+
+
+def _from_numpy(array: np.ndarray, name: str) -> Tensor:
+    if not array.dtype.isnative:
+        native = array.dtype.newbyteorder("=")
+        raise ArgumentError(
+            f"{name} is not in this machine's byte order ({array.dtype.str}); use {name}.astype({native.str!r})"
+        )
+    try:
+        return torch.from_numpy(array)
+    except TypeError:
+        raise ArgumentError(f"{name} is a NumPy array of {array.dtype}, which torch does not know") from None
 
 
 def _to_array_like(example: Any) -> Callable[[Tensor], Any]:
@@ -147,19 +186,20 @@ def _to_array_like(example: Any) -> Callable[[Tensor], Any]:
 
 def takes_arrays(function: Callable[..., Any]) -> Callable[..., Any]:
     """Let an operation take any DLPack array where it takes a tensor, and answer in the first argument's library."""
-    first_name = next(iter(inspect.signature(function).parameters))
+    signature = inspect.signature(function)
+    first_name = next(iter(signature.parameters))
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         first = args[0] if args else kwargs.get(first_name)
         if isinstance(first, Tensor) or not hasattr(first, "__dlpack__"):
             return function(*args, **kwargs)
-        out = kwargs.pop("out", None)
+        given = signature.bind(*args, **kwargs).arguments
+        out = given.pop("out", None)
+        given = {name: _from_array(value, name) for name, value in given.items()}
         if out is not None:
-            kwargs["out"] = tuple(map(_writable, out)) if isinstance(out, tuple) else _writable(out)
-        args = tuple(map(_from_array, args))
-        kwargs = {key: value if key == "out" else _from_array(value) for key, value in kwargs.items()}
-        result = function(*args, **kwargs)
+            given["out"] = tuple(map(_writable, out)) if isinstance(out, tuple) else _writable(out)
+        result = function(**given)
         if out is not None:
             return type(result)(*out) if isinstance(out, tuple) else out
         back = _to_array_like(first)
@@ -172,5 +212,5 @@ def _writable(array: Any) -> Tensor:
     if isinstance(array, np.ndarray):
         if not array.flags.writeable:
             raise ArgumentError("out is a read-only array; give one that can be written")
-        return torch.from_numpy(array)
+        return _from_numpy(array, "out")
     return torch.from_dlpack(array)

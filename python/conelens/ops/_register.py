@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from conelens.errors import ArgumentError
-from conelens.ops import _dispatch
+from conelens.ops import _arguments, _dispatch
 
 LIBRARY = torch.library.Library("conelens", "DEF")
 OPERATORS: dict[str, Operator] = {}
@@ -33,6 +34,10 @@ def _watched() -> bool:
 def _plain(x: Any) -> bool:
     """A tensor that is what its memory says: no subclass, and no negation still to be done."""
     return type(x) is Tensor and not x.is_neg()
+
+
+def _has_memory(x: Any) -> bool:
+    return type(x) in (Tensor, Parameter) and x.device.type in ("cpu", "cuda")
 
 
 class Operator:
@@ -59,6 +64,7 @@ class Operator:
         torch.library.register_fake(f"conelens::{self.name}.out", lambda *_, **__: None, lib=LIBRARY)
         packet = getattr(torch.ops.conelens, self.name)
         self._functional, self._writing = packet.default, packet.out
+        self._argument_names = [argument.split()[-1] for argument in arguments.split(", ")]
         self._out_names = [f"out_{r}" for r in returns]
         OPERATORS[self.name] = self
 
@@ -74,7 +80,20 @@ class Operator:
         """Write the results into `out`; no gradients flow through it, so none may be asked for."""
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             raise ArgumentError(f"{self.name}: out= cannot be differentiated; leave it out, or use torch.no_grad()")
+        self._refuse_shared(out, args)
         self._writing(*args, **dict(zip(self._out_names, out, strict=True)))
+
+    def _refuse_shared(self, out: tuple[Tensor, ...], args: tuple[Any, ...]) -> None:
+        """A kernel would read what it has written. Tensors without memory of their own, as in a compiler, have no say."""
+        if _watched():
+            return
+        names = [f"out[{i}]" for i in range(len(out))] if len(out) > 1 else ["out"]
+        named = [*zip(names, out, strict=True), *zip(self._argument_names, args, strict=True)]
+        named = [(name, x) for name, x in named if _has_memory(x)]
+        for i, (name, mine) in enumerate(named):
+            for other, x in named[i + 1 :] if name in names else []:
+                if _arguments.share_memory(mine, x):
+                    raise ArgumentError(f"{self.name}: {name} shares memory with {other}; give it memory of its own")
 
     def _run(self, *args: Any) -> Any:
         device = args[0].device
