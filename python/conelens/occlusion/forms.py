@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from conelens import ops
@@ -207,8 +206,7 @@ def _convolve(op: Conv2d, node: int, change: Tensor, batch: Batch) -> Tensor:
     if rows.start >= rows.stop or columns.start >= columns.stop:  # nothing of the region is read: a stride steps over it
         return change.new_zeros((len(change), op.weight.shape[0], *out.size))
     change = change[:, :, rows.start : rows.stop, columns.start : columns.stop]
-    padding = (rows.padding, columns.padding)
-    y = F.conv2d(change, op.weight, None, op.stride, padding, op.dilation, op.groups)
+    y = op.apply(change, None, (rows.padding, columns.padding))
     return y[:, :, rows.front : rows.front + out.size[0], columns.front : columns.front + out.size[1]]
 
 

@@ -13,8 +13,7 @@ from conelens.execution import Turn, schedule
 from conelens.graph import Graph
 from conelens.occlusion.classes import RATES, axis_classes
 from conelens.occlusion.windows import Windows
-from conelens.operators import Pair, Place, Step
-from conelens.operators import Edge as ReadEdge
+from conelens.operators import Edge, Flatten, Pair, Place, Spatial, Step
 
 # A layer of which this share is changed, on average over the positions, is computed whole, and all layers behind it.
 WHOLE_SHARE = 0.95
@@ -54,7 +53,8 @@ def sweep_regions(graph: Graph, targets: tuple[int, ...], windows: Windows, devi
     for turn in turns:
         height, width = graph[turn.node].size
         share = rows.widths(turn.node).mean() / height * (columns.widths(turn.node).mean() / width)
-        if turn.sources and (share >= WHOLE_SHARE or not behind.isdisjoint(turn.sources)):
+        whole = isinstance(turn.op, Flatten) or (share >= WHOLE_SHARE and not isinstance(turn.op, Spatial))
+        if turn.sources and (whole or not behind.isdisjoint(turn.sources)):
             behind.add(turn.node)
     head = [turn for turn in turns if turn.node not in behind]
     tail = [turn for turn in turns if turn.node in behind]
@@ -90,7 +90,7 @@ class Batch:
 
     def step(self, node: int, reads: list[Place]) -> Step:
         """What the operator of ``node`` is told about its windows."""
-        return Step([ReadEdge((0, 0), read.size) for read in reads], reads, self.region(node))
+        return Step([Edge((0, 0), read.size) for read in reads], reads, self.region(node))
 
     def whole(self, node: int) -> bool:
         """Is the region of ``node`` its whole map?"""

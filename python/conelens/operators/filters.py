@@ -49,10 +49,11 @@ class Conv2d(Operator):
                 padding = (top, left)
             else:
                 x = F.pad(x, (left, right, top, bottom))
-        return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        return self.apply(x, self.bias, padding)
 
-    def change(self, inputs: Sequence[Tensor], step: Step | None) -> Tensor:
-        return replace(self, bias=None).forward(inputs, step)
+    def apply(self, x: Tensor, bias: Tensor | None, padding: Pair) -> Tensor:
+        """The filters on ``x`` with this much padding."""
+        return F.conv2d(x, self.weight, bias, self.stride, padding, self.dilation, self.groups)
 
     def folded(self, factor: Tensor | None, shift: Tensor | None) -> Conv2d:
         """This convolution with the affine map of its output (batch norm) in its own weights."""
