@@ -16,13 +16,11 @@ from PIL import Image
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
-from typer.testing import CliRunner, Result
-
 from conelens.assets import photographs
 from conelens.cli import console
-from conelens.cli.app import app
 from conelens.errors import ArgumentError
 from conelens.peaks import PeakTable
+from tests.kit.command import one_line_error, run
 
 SMALL = """
 import torch
@@ -66,21 +64,6 @@ def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "small_nets", raising=False)
     return tmp_path
-
-
-def run(*arguments: str | Path) -> Result:
-    """The command in this process; streams apart."""
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-def one_line_error(result: Result, code: int, *parts: str) -> None:
-    """Exit code, one error line with these parts, no traceback."""
-    assert result.exit_code == code, result.output
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
-    assert len(lines) == 1
-    assert "Traceback" not in result.output
-    for part in parts:
-        assert part in lines[0]
 
 
 def test_layers_lists_and_draws(room: Path) -> None:

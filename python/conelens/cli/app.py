@@ -187,7 +187,7 @@ def occlude(
     summary = job.summary(figures)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in summary.header:
-        table.add_column(heading, no_wrap=heading != "other labels")
+        table.add_column(heading, no_wrap=heading != "other labels", overflow="fold")
     for row in summary.rows:
         table.add_row(*map(escape, row))
     OUT.print(table)

@@ -50,9 +50,9 @@ def figure_row(name: str, panels: ZeilerFergus, recipe: Preprocess, classes: Nam
 def summary(names: Names, figures: Sequence[ZeilerFergus], classes: Names = ()) -> Table:
     """A line per image: class, how probable as it is and at worst, where that is, what else it is then taken for."""
     if not all(panels.label is not None for panels in figures):
-        header = ("image", "map", "activity", "lowest", "window top,left")
+        header = ("image", "map", "clean", "lowest, at y,x")
         lines = [
-            (name, f"{p.layer} {p.channel}", tell(p.clean_activity), tell(float(p.activity.min())), _corner(p))
+            (name, f"{p.layer} {p.channel}", tell(p.clean_activity), _lowest(p, p.activity, False))
             for name, p in zip(names, figures, strict=True)
         ]
         return Table(header, lines)
@@ -61,9 +61,9 @@ def summary(names: Names, figures: Sequence[ZeilerFergus], classes: Names = ()) 
         assert panels.label is not None and panels.clean_probability is not None and panels.probability is not None
         others = [class_name(label, classes) for label, _ in label_shares(panels) if label != panels.label]
         told = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
-        shares = tell(panels.clean_probability, True), tell(float(panels.probability.min()), True)
-        rows.append((name, class_name(panels.label, classes), *shares, _corner(panels), told or "none"))
-    return Table(("image", "class", "probability", "lowest", "window top,left", "other labels"), rows)
+        shares = tell(panels.clean_probability, True), _lowest(panels, panels.probability, True)
+        rows.append((name, class_name(panels.label, classes), *shares, told or "none"))
+    return Table(("image", "class", "clean", "lowest, at y,x", "other labels"), rows)
 
 
 def occlusion_page(title: str, names: Names, figures: Sequence[ZeilerFergus], recipe: Preprocess, classes: Names = ()) -> Page:
@@ -82,8 +82,10 @@ def occlusion_page(title: str, names: Names, figures: Sequence[ZeilerFergus], re
     return page
 
 
-def _corner(panels: ZeilerFergus) -> str:
-    return ",".join(map(str, panels.box()[:2]))
+def _lowest(panels: ZeilerFergus, values: Tensor, percent: bool) -> str:
+    """The lowest value and the top left corner of its window."""
+    top, left = panels.box()[:2]
+    return f"{tell(float(values.min()), percent)} at {top},{left}"
 
 
 def label_panel(panels: ZeilerFergus, classes: Names = ()) -> Labels:
@@ -110,9 +112,9 @@ def drop_overlay(name: str, panels: ZeilerFergus, recipe: Preprocess, classes: N
     frame = recipe.pixels(panels.image)
     if panels.label is None or panels.probability is None or panels.clean_probability is None:
         drop = panels.clean_activity - _smooth(panels, panels.activity)
-        return overlay(frame, drop, f"{name}: what map {panels.channel} of {panels.layer} loses, by place covered")
+        return overlay(frame, drop, f"{name}: activity that map {panels.channel} of {panels.layer} loses")
     drop = panels.clean_probability - _smooth(panels, panels.probability)
-    return overlay(frame, drop, f"{name}: what “{class_name(panels.label, classes)}” loses, by place covered", percent=True)
+    return overlay(frame, drop, f"{name}: probability that “{class_name(panels.label, classes)}” loses", percent=True)
 
 
 def _close_up(projections: np.ndarray, patches: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
