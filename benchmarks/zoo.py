@@ -1,9 +1,9 @@
 """The zoo: every ImageNet network of pytorchcv traced, and projected against the autograd oracle in float64.
 
-    python -m benchmarks.zoo                     # all of them, hours on two cores; rows are kept in --rows as
-    they come python -m benchmarks.zoo --sample 12         # one network of each of so many families python -m
-    benchmarks.zoo --names resnet18 mobilenetv3_small_wd2 python -m benchmarks.zoo --rows rows.jsonl
-    --only-table --markdown benchmarks/ZOO.md
+    python -m benchmarks.zoo                     # all of them, over an hour; rows are kept in --rows as they come
+    python -m benchmarks.zoo --sample 12         # one network of each of so many families
+    python -m benchmarks.zoo --names resnet18 mobilenetv3_small_wd2
+    python -m benchmarks.zoo --rows rows.jsonl --only-table --markdown benchmarks/ZOO.md
 
 Per network: trace without a policy; where an operator has no canonical rule, trace again with the policy that
 the row states. Then units of a middle and of the last convolution (peak, two corners, another place) are
@@ -42,6 +42,10 @@ from tests.kit.oracle import deconvnet_by_autograd, relative
 
 SIZES = (64, 96, 128, 224, 299, 331)
 LIMIT = 1e-12
+# Where that is exceeded: so many images, each pixel one unit in the last place away, tell how far rounding moves the oracle.
+# One is not enough: for efficientnet_b5 they range from 1e-11 to 5e-10.
+MOVED_IMAGES = 5
+ROUNDING = 5.0  # times the largest of those movements is still rounding
 OTHER_TASKS = re.compile(  # segmentation, detection, pose, speech, small images
     r".*_cifar.*|.*_cub|.*_coco|.*_cmupan|centernet|fcn8sd|pspnet|deeplabv3|icnet|fastscnn|cgnet|dabnet|sinet|bisenet|danet|fpenet|contextnet|lednet|"
     r"esnet|edanet|enet|erfnet|linknet|segnet|unet|sqnet|prnet|lffd|pfpcnet|voca|nvpattexp|superpointnet|jasper|jasperdr|quartznet"
@@ -59,8 +63,8 @@ class Row:
     """One line of the table.
 
     ``error`` is the largest relative 2-norm of a difference from the oracle; None where nothing was projected. Where it
-    exceeds the limit, ``noise`` is how far the oracle itself moves when the image moves by one unit in the last place:
-    deep random networks with gates can be chaotic.
+    exceeds the limit, ``noise`` is how far the oracle itself moves at most over several images one unit in the last place
+    away: deep random networks with gates can be chaotic.
     """
 
     family: str
@@ -77,7 +81,7 @@ class Row:
 
     @property
     def good(self) -> bool:
-        return self.error is not None and (self.error < LIMIT or self.error < 10 * self.noise)
+        return self.error is not None and (self.error < LIMIT or self.error < ROUNDING * self.noise)
 
     @property
     def operator(self) -> str:
@@ -89,7 +93,7 @@ class Row:
     def outcome(self) -> str:
         if self.problem or self.error is None:
             return self.problem.split("\n")[0]
-        noise = f" (the oracle itself moves by {self.noise:.0e} per ulp)" if self.noise else ""
+        noise = f" (the oracle itself moves by up to {self.noise:.0e} per ulp)" if self.noise else ""
         return f"{self.error:.0e}{noise}"
 
 
@@ -279,10 +283,16 @@ def _examine(row: Row) -> None:
                     route=route,
                 )
             row.error = max(row.error, *(relative(a, b) for a, b in zip(found.pixels, wanted, strict=True)))
-        if row.error >= LIMIT:
-            moved, _ = deconvnet_by_autograd(model, image * (1 + torch.finfo(image.dtype).eps), path, units, policy)
+        for seed in range(MOVED_IMAGES if row.error >= LIMIT else 0):
+            moved, _ = deconvnet_by_autograd(model, by_one_ulp(image, seed), path, units, policy)
             row.noise = max(row.noise, *(relative(a, b) for a, b in zip(moved, wanted, strict=True)))
         row.units += int((wanted.flatten(1).abs().amax(1) > 0).sum())
+
+
+def by_one_ulp(image: Tensor, seed: int) -> Tensor:
+    """Each pixel one unit in the last place up or down, at random."""
+    up = torch.rand(image.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+    return torch.nextafter(image, torch.where(up, torch.inf, -torch.inf).to(image))
 
 
 def on_the_way_down(net: Network) -> set[int]:
@@ -338,13 +348,17 @@ def line(row: Row) -> str:
     return f"{network}  {without:22} {row.policy:32} {row.outcome}  [{row.units} units, {row.seconds} s]"
 
 
-_PREAMBLE = """# Zoo
+_PREAMBLE = f"""# Zoo
 
 Made by `python -m benchmarks.zoo`: the ImageNet networks of pytorchcv 0.0.67 with random weights. Units of
 a middle and of the last convolution are projected by the cone and by the whole image, in float64 with
 kernels forced; given is the largest relative 2-norm of the difference from autograd. An operator without a
 canonical deconvnet rule is refused by name until a policy is stated; the result is then under the policy
 named before it.
+
+Deep random networks with gates amplify rounding. Where the difference exceeds {LIMIT:.0e}, the oracle is run on
+{MOVED_IMAGES} more images, whose pixels each lie one unit in the last place (ulp) up or down at random; the
+largest movement of its result stands beside the difference, and up to {ROUNDING:.0f} times that counts as rounding.
 """
 
 

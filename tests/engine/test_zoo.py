@@ -8,7 +8,9 @@ import pytest
 
 pytest.importorskip("pytorchcv", reason="the zoo comes with the test extra: pip install 'conelens[test]'")
 
-from benchmarks.zoo import VARIED, Row, examine, imagenet_names, line, main, table
+import torch
+
+from benchmarks.zoo import VARIED, Row, by_one_ulp, examine, imagenet_names, line, main, table
 
 # what each network of the sample is refused for until a policy is stated
 POLICIES = {
@@ -67,3 +69,20 @@ def test_the_table_says_what_happened(tmp_path, capsys) -> None:  # type: ignore
         "1 networks of 1 families: 1 need no policy, 0 pass with the policy stated.",
         "Not run: 464 others, of the same families.",
     ]
+
+
+def test_a_difference_beyond_the_limit_must_be_rounding() -> None:
+    assert Row("a", "exact", error=9e-13).good
+    assert Row("a", "chaotic", error=3e-10, noise=1e-10).good
+    assert "moves by up to 1e-10 per ulp" in Row("a", "chaotic", error=3e-10, noise=1e-10).outcome
+    assert not Row("a", "wrong", error=3e-10, noise=1e-11).good
+    assert "1 further from the oracle than rounding explains: wrong" in table([Row("a", "wrong", error=3e-10, noise=1e-11)])
+
+
+def test_images_one_unit_in_the_last_place_away() -> None:
+    image = torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    moved = by_one_ulp(image, 0)
+    assert (moved != image).all()
+    assert ((moved > image).any()) and ((moved < image).any())
+    assert torch.equal(torch.nextafter(moved, image), image)
+    assert not torch.equal(moved, by_one_ulp(image, 1))
