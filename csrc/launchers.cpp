@@ -38,6 +38,7 @@
 
 CONELENS_CPU_LAUNCHER(channel_peaks, conelens_channel_peaks_params)
 CONELENS_CPU_LAUNCHER(deconv2d, conelens_deconv2d_params)
+CONELENS_CPU_LAUNCHER(gather_windows, conelens_gather_windows_params)
 CONELENS_CPU_LAUNCHER(max_pool2d_with_switches, conelens_max_pool2d_params)
 CONELENS_CPU_LAUNCHER(max_unpool2d, conelens_max_unpool2d_params)
 CONELENS_CPU_LAUNCHER(max_unpool2d_backward, conelens_max_unpool2d_params)

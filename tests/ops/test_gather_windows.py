@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("two_threads")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 DTYPES = (*FLOATS, torch.uint8, torch.int32)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
-BACKENDS = ("reference",)
+BACKENDS = ("compiled", "reference")
 
 
 def oracle(

@@ -103,18 +103,17 @@ def _fake(
     return arguments.empty((window_origin.shape[0], base.shape[1], *window_size), base)
 
 
-def _check_rows(rows: Tensor | None, base: Tensor) -> None:
-    """Name the first row that base does not have; a CUDA device is not waited for."""
-    if rows is None or rows.device.type != "cpu":
-        return
-    wrong = reference.first_invalid_row(rows, base.shape[0])
+def _refuse(rows: Tensor, samples: int) -> None:
+    """Name the first row that base does not have, if there is one."""
+    wrong = reference.first_invalid_row(rows, samples)
     if wrong is not None:
-        raise ArgumentError(f"rows[{wrong}] is {int(rows[wrong])}, but base has {base.shape[0]} samples")
+        raise ArgumentError(f"rows[{wrong}] is {int(rows[wrong])}, but base has {samples} samples")
 
 
 def _reference(base: Tensor, *args: Any) -> Tensor:
     rows = args[4]
-    _check_rows(rows, base)
+    if rows is not None and rows.device.type == "cpu":  # a CUDA device is not waited for
+        _refuse(rows, base.shape[0])
     layout = torch.channels_last if arguments.is_channels_last(base) else torch.contiguous_format
     return reference.gather_windows(base, *args).contiguous(memory_format=layout)
 
@@ -131,14 +130,16 @@ def _compiled(
     add: bool,
     out: Tensor | None = None,
 ) -> Tensor:
-    _check_rows(rows, base)
     base = arguments.readable(base)
     if patch is not None:
         patch = arguments.in_layout_of(patch.resolve_neg(), base)
     if out is None or not arguments.same_layout(out, base):
         out = arguments.empty((window_origin.shape[0], base.shape[1], *window_size), base)
     origins = (None if t is None else t.contiguous() for t in (patch_origin, window_origin, rows))
-    native.module.gather_windows(base, patch, *origins, out, fill, add, native.context(base.device))  # type: ignore[union-attr]
+    module, context = native.module, native.context(base.device)
+    valid = module.gather_windows(base, patch, *origins, out, fill, add, context)  # type: ignore[union-attr]
+    if not valid and rows is not None:
+        _refuse(rows, base.shape[0])
     return out
 
 
