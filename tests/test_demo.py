@@ -36,6 +36,7 @@ def test_the_page_holds_all_parts_and_loads_nothing(made: tuple[Path, list[str]]
     for part in (
         "Predictions",
         "Feature maps per stage",
+        "Occlusion",
         "Cone against whole image",
         "What runs here",
         "Photographs",
@@ -47,6 +48,17 @@ def test_the_page_holds_all_parts_and_loads_nothing(made: tuple[Path, list[str]]
             assert (made[0].parent / "figures" / f"top_{layer}_{channel}.png").is_file()
     assert not re.search(r'(src|href)="(?!data:|#)', text)
     assert text.count("creativecommons.org") >= 60, "credits of the photographs"
+
+
+def test_covering_what_the_picture_is_of_costs_its_class(made: tuple[Path, list[str]]) -> None:
+    text = made[0].read_text(encoding="utf-8")
+    for name, label in (("duck", "goose"), ("komodo_dragon", "Komodo dragon"), ("sheep", "ram")):
+        cells = re.search(rf"<td>{name}.jpg</td><td>{label}</td><td>(\d+)%</td><td>(\d+)% at", text)
+        assert cells, name
+        assert int(cells[1]) > 70
+        assert int(cells[2]) < 15
+        assert (made[0].parent / "figures" / f"overlay_{name}.png").is_file()
+    assert (made[0].parent / "figures" / "occlusion.png").is_file()
 
 
 def test_each_shown_channel_has_nine_winners_from_nine_photographs(made: tuple[Path, list[str]]) -> None:

@@ -14,15 +14,20 @@ import conelens
 from conelens.assets import photographs
 from conelens.data import ImageFolder, TiledFolder, iter_batches
 from conelens.figures import enlarge, feature_maps, grid, unit_panel
+from conelens.heatmaps import occlusion_figure
 from conelens.models import load_model
+from conelens.occlusion import zeiler_fergus
 from conelens.peaks import PeakTable, top_peaks
 from conelens.projection import project
 from conelens.report import Figure, Page, Section, Table, Workbench, open_workbench, winners, write_page
+from conelens.report.occlusion import GUIDE, drop_overlay, figure_row, summary
 
 SCALES = (1.0, 0.55)
 KEPT = 64  # peaks per channel, of which at most one per photograph is shown
 STAGES = ("conv1", "fire3", "fire5", "fire7", "fire9")
 STAGE_PHOTOGRAPHS = ("lemur.jpg", "colosseum.jpg")
+OCCLUDED = ("duck.jpg", "komodo_dragon.jpg", "sheep.jpg")
+WINDOW, STRIDE = 48, 12
 TIMED = (("conv1", 47), ("fire3", 104), ("fire5", 217), ("fire7", 199), ("fire9", 166))
 
 # chosen by eye from all channels of the layer, with what their nine winners share
@@ -90,6 +95,8 @@ def run_demo(out: str | Path = "demo_output", say: Say = print, device: str = "c
     say(f"strongest units of {sum(bench.net[n].shape[0] for n in SHOWN)} channels found")
     page.sections += _montages(bench, tiles, table)
     say("projections done")
+    page.sections.append(_occlusion(bench, photos))
+    say("occlusion done")
     page.sections.append(_timings(bench, photos))
     page.sections.append(Section("What runs here", preformatted=str(conelens.capabilities())))
     page.sections.append(_credits())
@@ -156,6 +163,22 @@ def _montages(bench: Workbench, tiles: TiledFolder, table: PeakTable) -> list[Se
         )
         sections.append(Section(f"Strongest units of {layer}", text, figures))
     return sections
+
+
+def _occlusion(bench: Workbench, photos: ImageFolder) -> Section:
+    recipe, classes = bench.model.preprocess, bench.model.classes
+    index = {photos.label(i): i for i in range(len(photos))}
+    images = torch.stack([photos[index[name]] for name in OCCLUDED]).to(bench.net.device)
+    rows = zeiler_fergus(bench.net, images, "fire9", WINDOW, STRIDE, "mean", others=photos)
+    stems = [Path(name).stem for name in OCCLUDED]
+    drawn = occlusion_figure([figure_row(stem, row, recipe, classes) for stem, row in zip(stems, rows)])
+    figures = [Figure("occlusion", drawn)]
+    figures += [Figure(f"overlay_{stem}", drop_overlay(stem, row, recipe, classes)) for stem, row in zip(stems, rows)]
+    text = (
+        f"{GUIDE} The window is {WINDOW} x {WINDOW} pixels, every {STRIDE} pixels, filled with the image's mean colour. Of the "
+        "duck the head alone matters; of the Komodo dragon head and neck; of the ram its face and its fleece."
+    )
+    return Section("Occlusion", text, figures, [summary(OCCLUDED, rows, classes)])
 
 
 def _timings(bench: Workbench, photos: ImageFolder) -> Section:
