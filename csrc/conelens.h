@@ -28,6 +28,7 @@ CONELENS_API int conelens_channel_peaks_cuda(const conelens_channel_peaks_params
 /* few output channels, 16-bit floats, channels_last, stride 1, no pool; else CONELENS_UNSUPPORTED_LAYOUT or
  * _DTYPE */
 CONELENS_API int conelens_deconv2d_cuda(const conelens_deconv2d_params* params, void* stream);
+CONELENS_API int conelens_gather_windows_cuda(const conelens_gather_windows_params* params, void* stream);
 CONELENS_API int conelens_max_pool2d_with_switches_cuda(const conelens_max_pool2d_params* params,
                                                         void* stream);
 CONELENS_API int conelens_max_unpool2d_cuda(const conelens_max_unpool2d_params* params, void* stream);

@@ -6,6 +6,7 @@
 #include "channel_peaks/bind.h"
 #include "conelens.h"
 #include "deconv2d/bind.h"
+#include "gather_windows/bind.h"
 #include "max_pool2d_with_switches/bind.h"
 #include "max_unpool2d/bind.h"
 
@@ -70,6 +71,7 @@ PYBIND11_MODULE(_cuda, m, pybind11::mod_gil_not_used()) {
 
   register_channel_peaks<Cuda>(m, conelens_channel_peaks_cuda);
   register_deconv2d<Cuda>(m, conelens_deconv2d_cuda);
+  register_gather_windows<Cuda>(m, conelens_gather_windows_cuda);
   register_max_pool2d_with_switches<Cuda>(m, conelens_max_pool2d_with_switches_cuda);
   register_max_unpool2d<Cuda>(m, conelens_max_unpool2d_cuda, conelens_max_unpool2d_backward_cuda);
 }

@@ -18,6 +18,12 @@ WANTED = {
         r"peaks_of_channels<float, 4": {"LDG.128"},
     },
     "deconv2d": {r"few_outputs<(Half|BFloat16)>": {"LDG.128", "HMMA"}},
+    "gather_windows": {
+        r"gather_channels<(double, 2|float, 4|Half, 8|BFloat16, 8), true": {"LDG.128", "STG.128"},
+        r"gather_channels<unsigned (long, 2|int, 4|short, 8|char, 16), false": {"LDG.128", "STG.128"},
+        r"gather_columns<(double, 2|float, 4|Half, 8|BFloat16, 8), true": {"STG.128"},
+        r"gather_columns<unsigned (long, 2|int, 4|short, 8|char, 16), false": {"STG.128"},
+    },
     "max_pool2d_with_switches": {
         r"pool_strips<(Half|BFloat16), 8, [23], (false|true)": {"LDG.128", "STG.128"},
         r"pool_strips<float, 4, [23], (false|true)": {"LDG.128", "STG.128"},

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from conelens.kernels.channel_peaks import reference as peaks_reference
 from conelens.kernels.deconv2d import reference as deconv_reference
+from conelens.kernels.gather_windows import reference as gather_reference
 from conelens.kernels.max_pool2d_with_switches import reference as pool_reference
 from conelens.kernels.max_unpool2d import reference as unpool_reference
 
@@ -161,6 +162,43 @@ def test_peaks(emulated: ModuleType, dtype: torch.dtype, channels_last: bool) ->
             assert torch.equal(found, positions), case
             rtol, atol = (0.0, 0.0) if reduce == "max" else (2 * torch.finfo(dtype).eps, 1e-4)
             torch.testing.assert_close(got, wanted, rtol=rtol, atol=atol, equal_nan=True, msg=case)
+
+
+GATHERS = [  # samples, channels, map, patch or None, window
+    (1, 16, (9, 10), (4, 5), (6, 8)),
+    (3, 32, (7, 6), (3, 3), (5, 5)),
+    (2, 3, (7, 6), (3, 9), (9, 16)),
+    (1, 5, (12, 20), (6, 12), (8, 12)),
+    (2, 16, (5, 5), None, (6, 4)),
+]
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.uint8, torch.int32], ids=str)
+def test_gather_windows(emulated: ModuleType, dtype: torch.dtype, channels_last: bool) -> None:
+    """Windows across every border and far outside; a row that base does not have gives the fill."""
+    generator = torch.Generator().manual_seed(0)
+    floating = dtype.is_floating_point
+    for samples, channels, size, patch_size, window in GATHERS:
+        units = 7
+        place = torch.randint(-3, 10, (units, 2), generator=generator)
+        place[-1] = torch.tensor([2**63 - 1, 0])
+        origin = (place - torch.randint(0, 4, place.shape, generator=generator)).int()
+        rows = torch.randint(0, samples, (units,), generator=generator)
+        rows[:2] = torch.tensor([-1, samples])
+        for add, skew in ((False, 0), (False, 1), *(((True, 0), (True, 1)) if floating and patch_size else ())):
+            case = f"{samples, channels} {size} {patch_size} {window} add={add} skew={skew}"
+            shapes = [(samples, channels, *size)] + ([(units, channels, *patch_size)] if patch_size else [])
+            maps = [(torch.randn(shape, generator=generator) * 9).abs().to(dtype) for shape in shapes]
+            base, patch = maps[0], maps[1] if patch_size else None
+            patch_origin = place if patch_size else None
+            fill = -float("inf") if floating else 7.0
+            wanted = gather_reference.gather_windows(base, patch, patch_origin, origin, window, rows, fill, add)
+            base, *rest = (guarded(x, channels_last, skew, float("nan") if floating else 99)[0] for x in maps)
+            out, before = guarded(torch.full_like(wanted, 55), channels_last, skew, 77)
+            assert emulated.gather_windows(base, *(rest or [None]), patch_origin, origin, rows, out, fill, add, 0)
+            assert torch.equal(out, wanted), case
+            assert torch.equal(guards(out, skew), before), case
 
 
 FEW_OUTPUTS = [  # samples, channels in and out, kernel, padding, size of y, windowed, output cells to spare

@@ -1,6 +1,8 @@
-"""Pool, unpool and peaks on a GPU against the references on the CPU: every value and every switch."""
+"""Pool, unpool, peaks and windows on a GPU against the references on the CPU: every value and every switch."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor
 
 from conelens import ops
 from conelens.kernels.channel_peaks import reference as peaks_reference
+from conelens.kernels.gather_windows import reference as gather_reference
 from conelens.kernels.max_pool2d_with_switches import reference as pool_reference
 from conelens.kernels.max_unpool2d import reference as unpool_reference
 
@@ -103,6 +106,28 @@ def test_peaks(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_
         rtol = 0 if exact else 2 * torch.finfo(dtype).eps
         atol = 0 if exact else 1e-5 * shape[2] * shape[3]
         torch.testing.assert_close(got.values.cpu(), wanted, rtol=rtol, atol=atol, equal_nan=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.uint8, torch.int32], ids=str)
+@pytest.mark.parametrize("channels", [3, 64, 72])
+def test_gather_windows(channels: int, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, channels, 28, 30), (33, channels, 10, 9))
+    base, patch = ((noise(shape, torch.float32) * 9).abs().to(dtype) for shape in shapes)
+    place = torch.randint(-6, 30, (33, 2), generator=generator)
+    origin = place.int() - 1
+    rows = torch.randint(0, 2, (33,), generator=generator)
+    rows[5] = 2  # not there: gives the fill, as nobody waits for the device
+    for window, add in itertools.product(((12, 11), (12, 12)), (False, True) if dtype.is_floating_point else (False,)):
+        wanted = gather_reference.gather_windows(base, patch, place, origin, window, rows, 3.0, add)
+        moved = [x.cuda().contiguous(memory_format=layout) for x in (base, patch)]
+        with ops.use_backend("compiled"):
+            got = ops.gather_windows(*moved, place.cuda(), origin.cuda(), window, rows=rows.cuda(), fill=3.0, add=add)
+            cut = [x[:, 1:] for x in moved]  # one element off every alignment
+            part = ops.gather_windows(*cut, place.cuda(), origin.cuda(), window, rows=rows.cuda(), fill=3.0, add=add)
+        assert torch.equal(got.cpu(), wanted)
+        assert torch.equal(part.cpu(), wanted[:, 1:])
 
 
 def test_other_stream_and_views() -> None:

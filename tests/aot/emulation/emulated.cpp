@@ -2,6 +2,7 @@
 #include "channel_peaks/bind.h"
 #include "conelens.h"
 #include "deconv2d/bind.h"
+#include "gather_windows/bind.h"
 #include "max_pool2d_with_switches/bind.h"
 #include "max_unpool2d/bind.h"
 
@@ -26,6 +27,7 @@ PYBIND11_MODULE(emulated, m) {
   using namespace conelens;
   register_channel_peaks<Emulated>(m, conelens_channel_peaks_cuda);
   register_deconv2d<Emulated>(m, conelens_deconv2d_cuda);
+  register_gather_windows<Emulated>(m, conelens_gather_windows_cuda);
   register_max_pool2d_with_switches<Emulated>(m, conelens_max_pool2d_with_switches_cuda);
   register_max_unpool2d<Emulated>(m, conelens_max_unpool2d_cuda, conelens_max_unpool2d_backward_cuda);
 }
