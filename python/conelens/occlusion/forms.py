@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from conelens import ops
@@ -104,7 +106,9 @@ class Delta:
         if isinstance(op, Conv2d):
             return _convolve(op, node, inputs[0], batch)
         if isinstance(op, Linear):
-            return op.change(inputs, None)
+            (source,) = turn.sources
+            flatten = batch.graph[source].op
+            return _connect(op, flatten, source, inputs[0], batch) if isinstance(flatten, Flatten) else op.change(inputs, None)
         if op.linear:
             return self._linear(turn, inputs, batch)
         if isinstance(op, Rectify):
@@ -187,6 +191,24 @@ def _zeros_around(patch: Tensor, batch: Batch, held: Place, read: Place) -> Tens
 
 def _clean(maps: Tensor, batch: Batch, place: Place) -> Tensor:
     return ops.gather_windows(maps, None, None, batch.origin(place), place.size, rows=batch.image)
+
+
+def _connect(op: Linear, flatten: Flatten, source: int, change: Tensor, batch: Batch) -> Tensor:
+    """A fully connected layer on flattened maps of changes, cell by cell of the map: only units that change there take part."""
+    (map_,) = batch.graph[source].inputs
+    channels, height, width = flatten.shape
+    (top, bottom), (left, right) = (batch.changed(map_, axis) for axis in (0, 1))
+    x = change.reshape(-1, channels, height, width)
+    by_cell = batch.graph.remember(
+        ("weights by cell", source), lambda: op.weight.reshape(-1, channels, height, width).permute(2, 3, 0, 1).contiguous()
+    )
+    out = change.new_zeros((len(change), len(op.weight)))
+    for row in range(height):
+        for column in range(width):
+            mine = np.flatnonzero((top <= row) & (row < bottom) & (left <= column) & (column < right))
+            index = torch.from_numpy(mine).to(change.device)
+            out.index_add_(0, index, F.linear(x[index, :, row, column], by_cell[row, column]))
+    return out[:, :, None, None]
 
 
 def _convolve(op: Conv2d, node: int, change: Tensor, batch: Batch) -> Tensor:

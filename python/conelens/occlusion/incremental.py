@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -11,16 +12,19 @@ import torch
 from torch import Tensor
 
 from conelens import ops
+from conelens.changed import AxisClass
 from conelens.execution import Turn, exact_dtype, forward_whole
 from conelens.network import Network
 from conelens.occlusion.engine import Visited
 from conelens.occlusion.forms import Delta, Form, Gather, Patches
 from conelens.occlusion.records import Record, activity
-from conelens.occlusion.regions import Batch, SweepRegions, sweep_regions
+from conelens.occlusion.regions import Batch, SweepRegions, peak_cells, sweep_regions
 from conelens.occlusion.windows import Windows, inside_boxes
 
+# Bytes of live patches beyond which more positions at once do not run faster: what caches hold on a CPU.
+HEAD_BYTES = {"cpu": 2**26, "cuda": 2**33}
 # Positions whose whole maps the tail takes at once: fully connected layers read their weights once for all of them.
-TAIL_UNITS = 512
+TAIL_UNITS = 4096
 
 
 class Incremental:
@@ -42,6 +46,7 @@ class Incremental:
         self.cached = frozenset(self._form.cached(net.graph, turns).union(self.targets, self.regions.seam))
         cells = sum(math.prod(net.graph[index].shape) for index in self.cached)
         self.group = max(1, min(len(images), memory // (4 * cells * images.element_size())))
+        self.tail_units = self._share_of_memory(self._tail_cells(), TAIL_UNITS)
 
     def clean(self) -> tuple[Tensor, list[Record]]:
         outputs, records = [], self.records
@@ -61,11 +66,30 @@ class Incremental:
 
     def _cache(self, start: int) -> Patches:
         """Clean maps of one group of images."""
-        images = self.images[start : start + self.group]
-        if images.device.type == "cpu" and images.dtype != torch.float64:
-            images = images.contiguous(memory_format=torch.channels_last)
-        with exact_dtype(images.device):
-            return forward_whole(self.graph, images, self.targets, keep=self.cached)
+        with exact_dtype(self.images.device):
+            return forward_whole(self.graph, self.part(self.images, start), self.targets, keep=self.cached)
+
+    def part(self, images: Tensor, start: int) -> Tensor:
+        """One group of ``images``, in the layout that runs fastest on patches."""
+        images = images[start : start + self.group]
+        return images if images.dtype == torch.float64 else images.contiguous(memory_format=torch.channels_last)
+
+    def head_units(self, classes: tuple[AxisClass, AxisClass]) -> int:
+        """How many positions of a pair of classes run together."""
+        cells = peak_cells(self.graph, self.regions.head, classes, {*self.regions.seam, *self.targets})
+        cells += max((math.prod(self.graph[record.node].shape) for record in self.records), default=0)
+        largest = HEAD_BYTES[self.images.device.type] // (cells * self.images.element_size())
+        return self._share_of_memory(cells, max(1, largest))
+
+    def _tail_cells(self) -> int:
+        """Cells per position that wait for the tail, and that it then has alive."""
+        regions = self.regions
+        waiting = 2 * sum(math.prod(self.graph[node].shape) for node in regions.seam)
+        return waiting + peak_cells(self.graph, regions.tail, regions.whole(), set(self.targets))
+
+    def _share_of_memory(self, cells: int, most: int) -> int:
+        """Positions of ``cells`` each that fit into a quarter of the memory: caches, head and tail take one each, one is spare."""
+        return max(1, min(most, self.memory // (4 * max(1, cells) * self.images.element_size())))
 
 
 def _skips_zeros(images: Tensor) -> bool:
@@ -78,6 +102,7 @@ class _Pass:
 
     def __init__(self, engine: Incremental, start: int, cache: Patches) -> None:
         self.engine, self.start, self.cache = engine, start, cache
+        self.images, self.filled = engine.part(engine.images, start), engine.part(engine.filled, start)
         self.regions: SweepRegions = engine.regions
         self.graph, self.form = engine.graph, engine._form
         self.device = engine.images.device
@@ -85,25 +110,22 @@ class _Pass:
 
     def run(self, units: np.ndarray) -> Iterator[Visited]:
         """``units`` [U, 3], class by class; results come when enough of them are together."""
-        waiting = 0
-        for row_class in self.regions.row_classes:
-            for column_class in self.regions.column_classes:
-                row, column = (
-                    _index_in(kind.members, units[:, 1 + axis]) for axis, kind in enumerate((row_class, column_class))
-                )
-                mine = np.flatnonzero((row >= 0) & (column >= 0))
-                size = 64
-                for begin in range(0, len(mine), size):
-                    some = mine[begin : begin + size]
-                    image = torch.from_numpy(units[some, 0] - self.start).to(self.device)
-                    batch = Batch(self.graph, (row_class, column_class), row[some], column[some], image)
-                    self.pending.append(self._head(batch, units[some]))
-                    waiting += len(some)
-                    if waiting >= TAIL_UNITS:
-                        yield self._finish()
-                        waiting = 0
-        if waiting:
+        for classes in itertools.product(self.regions.row_classes, self.regions.column_classes):
+            row, column = (_index_in(kind.members, units[:, 1 + axis]) for axis, kind in enumerate(classes))
+            mine = np.flatnonzero((row >= 0) & (column >= 0))
+            size = min(self.engine.head_units(classes), self.engine.tail_units)
+            for begin in range(0, len(mine), size):
+                some = mine[begin : begin + size]
+                if sum(len(one.units) for one in self.pending) + len(some) > self.engine.tail_units:
+                    yield self._finish()
+                batch = Batch(self.regions, classes, row[some], column[some], self._images_of(units[some]))
+                self.pending.append(self._head(batch, units[some]))
+        if self.pending:
             yield self._finish()
+
+    def _images_of(self, units: np.ndarray) -> Tensor:
+        """The images of ``units`` within the group, [U]."""
+        return torch.from_numpy(units[:, 0] - self.start).to(self.device)
 
     def _head(self, batch: Batch, units: np.ndarray) -> _Pending:
         """Changed regions up to the seam; what the tail and the results need of them."""
@@ -116,9 +138,8 @@ class _Pass:
     def _entry(self, batch: Batch, units: np.ndarray) -> Tensor:
         place = batch.region(0)
         origin = batch.origin(place)
-        rows = batch.image + self.start
         image, filled = (
-            ops.gather_windows(x, None, None, origin, place.size, rows=rows) for x in (self.engine.images, self.engine.filled)
+            ops.gather_windows(x, None, None, origin, place.size, rows=batch.image) for x in (self.images, self.filled)
         )
         boxes = self.engine.windows.boxes(units) - np.tile(place.low, 2)
         if (boxes[:, 2:] - boxes[:, :2] != place.size).any():  # among whole windows, one that the border cuts off
@@ -156,9 +177,8 @@ class _Pass:
         pending, self.pending = self.pending, []
         units = np.concatenate([one.units for one in pending])
         patches = {node: torch.cat([one.seam[node] for one in pending]) for node in self.regions.seam}
-        image = torch.from_numpy(units[:, 0] - self.start).to(self.device)
         zero = np.zeros(len(units), np.int64)
-        batch = Batch(self.graph, self.regions.whole(), zero, zero, image)
+        batch = Batch(self.regions, self.regions.whole(), zero, zero, self._images_of(units), units)
         with exact_dtype(self.device):
             found = self._results(self.regions.tail, self._walk(self.regions.tail, patches, batch), batch)
         for name in pending[0].found:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,14 +68,16 @@ def sweep_regions(graph: Graph, targets: tuple[int, ...], windows: Windows, devi
 class Batch:
     """Some units that run together: all in one class of rows and one class of columns.
 
-    ``row`` and ``column`` [U] index the members of the classes; ``image`` [U] the images of the cache.
+    ``row`` and ``column`` [U] index the members of the classes; ``image`` [U] the images of the cache; ``units`` [U, 3] are for
+    those who ask what has changed in a class of whole maps.
     """
 
     def __init__(
-        self, graph: Graph, classes: tuple[AxisClass, AxisClass], row: np.ndarray, column: np.ndarray, image: Tensor
-    ) -> None:
-        self.graph, self.classes, self.image = graph, classes, image
-        self._index = (row, column)
+        self, regions: SweepRegions, classes: tuple[AxisClass, AxisClass], row: np.ndarray, column: np.ndarray, image: Tensor,
+        units: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        self.graph, self.classes, self.image = regions.graph, classes, image
+        self._sweep, self._index, self._units = regions, (row, column), units
         self._regions: dict[int, Place] = {}
 
     def region(self, node: int) -> Place:
@@ -92,6 +96,13 @@ class Batch:
         """What the operator of ``node`` is told about its windows."""
         return Step([Edge((0, 0), read.size) for read in reads], reads, self.region(node))
 
+    def changed(self, node: int, axis: int) -> tuple[np.ndarray, np.ndarray]:
+        """The exact changed interval of each unit on the map of ``node``, [U] and [U]."""
+        assert self._units is not None
+        low, high = (self._sweep.rows, self._sweep.columns)[axis].spans[node]
+        position = self._units[:, 1 + axis]
+        return low[position], high[position]
+
     def whole(self, node: int) -> bool:
         """Is the region of ``node`` its whole map?"""
         return self.region(node).size == self.graph[node].size
@@ -108,3 +119,22 @@ class Batch:
 def same_place(a: Place, b: Place) -> bool:
     """Do two batches of windows cover the same cells?"""
     return a.size == b.size and bool((a.low == b.low).all())
+
+
+def peak_cells(graph: Graph, turns: Sequence[Turn], classes: tuple[AxisClass, AxisClass], keep: set[int]) -> int:
+    """Cells per position that the ``turns`` have alive at most: patches that are still read, and what a step reads and writes."""
+    alive: dict[int, int] = {}
+    peak = 0
+    for turn in turns:
+        channels = graph[turn.node].shape[0]
+        own = channels * classes[0].size[turn.node] * classes[1].size[turn.node]
+        step = 2 * own
+        for edge, source in enumerate(turn.sources):
+            reads = (kind.read(graph, turn.node, edge)[1] for kind in classes)
+            step += 2 * graph[source].shape[0] * math.prod(reads)
+        peak = max(peak, sum(alive.values()) + step)
+        alive[turn.node] = own
+        for source in turn.last_reads:
+            if source not in keep:
+                alive.pop(source, None)
+    return peak
