@@ -69,9 +69,9 @@ def row(classes: bool = True, projections: int = 9) -> OcclusionRow:
     values = np.full((12, 12), 0.9)
     values[:6] = 0.1
     return OcclusionRow(
-        np.full((12, 12, 3), (10, 200, 30), np.uint8), (0, 0, 6, 6), ["name"], Heat(values * 50, 45.0, "map"),
+        np.full((12, 12, 3), (10, 200, 30), np.uint8), (0, 0, 6, 6), ["name"], Heat(values * 50, 5.0, 45.0, "map"),
         np.ones((projections, 3, 8, 8)), [np.full((8, 8, 3), (200, 0, 0), np.uint8)] * projections,
-        Heat(values, 0.9, "class", percent=True) if classes else None,
+        Heat(values, 0.1, 0.9, "class", percent=True) if classes else None,
         Labels((values > 0.5).astype(int), [(1, "one"), (0, "none")]) if classes else None,
     )  # fmt: skip
 

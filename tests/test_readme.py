@@ -15,11 +15,11 @@ def test_the_tour_runs_and_gives_the_shapes_it_names() -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict[str, object] = {}
     exec(compile(code, "README.md", "exec"), names)
-    p = names["p"]
-    images = names["images"]
-    assert isinstance(images, torch.Tensor)
-    for attribute, comment in re.findall(r"^(p\.\w+(?:\(images\))?) +# (\[[\d, ]+\])", code, re.MULTILINE):
-        value = eval(attribute, {"p": p, "images": images})
+    assert isinstance(names["images"], torch.Tensor)
+    told = re.findall(r"^([ps]\.\w+(?:\((?:images)?\))?) +# (\[[\d, ]+\])", code, re.MULTILINE)
+    assert len(told) == 6
+    for attribute, comment in told:
+        value = eval(attribute, names)
         assert list(value.shape) == [int(n) for n in re.findall(r"\d+", comment)], attribute
 
 

@@ -99,9 +99,10 @@ def _tinted(ground: np.ndarray, share: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------- the figure of a sweep
 @dataclass(frozen=True)
 class Heat:
-    """Values [H, W] by place and the ``clean`` one with nothing covered; ``percent``: they are shares of one."""
+    """Values [H, W] by place, the ``lowest`` one, and the ``clean`` one with nothing covered; ``percent``: shares of one."""
 
     values: np.ndarray
+    lowest: float
     clean: float
     caption: str
     percent: bool = False
@@ -207,15 +208,14 @@ class _Panels:
 
     def _heat(self, column: int, heat: Heat) -> None:
         """Values over their colour bar, which begins at zero and marks the lowest one and the clean one."""
-        lowest, highest = float(np.nanmin(heat.values)), float(np.nanmax(heat.values))
-        low, high = min(0.0, lowest), max(heat.clean, highest)
+        low, high = min(0.0, heat.lowest), max(heat.clean, float(heat.values.max()))
         high = high if high > low else low + 1.0
         self._map(column, viridis(heat.values, low, high))
         left, y = self._left(column), self._below
         bar = viridis(np.linspace(low, high, self.side)[None].repeat(10, 0), low, high)
         self.sheet.paste(Image.fromarray(bar), (left, y))
         ends = (left, left + self.side)
-        marks = (("lowest", lowest, y + 14 + _LINE), ("clean", heat.clean, y + 14))
+        marks = (("lowest", heat.lowest, y + 14 + _LINE), ("clean", heat.clean, y + 14))
         for name, value, foot in marks:  # the longer line first, so that no line crosses a word
             x = left + (value - low) / (high - low) * (self.side - 1)
             self.pen.line((x, y, x, foot), INK, 1)

@@ -35,15 +35,16 @@ def figure_row(name: str, panels: ZeilerFergus, recipe: Preprocess, classes: Nam
     """One image's panels as a row for :func:`conelens.heatmaps.occlusion_figure`; ``name`` is written under the image."""
     box = panels.box()
     size = f"window {box[2] - box[0]} x {box[3] - box[1]} pixels"
-    activity = Heat(_smooth(panels, panels.activity), panels.clean_activity, f"sum over map {panels.channel} of {panels.layer}")
+    followed = f"sum over map {panels.channel} of {panels.layer}"
+    activity = Heat(_smooth(panels, panels.activity), float(panels.activity.min()), panels.clean_activity, followed)
     shown, patches = _close_up(panels.projections.float().cpu().numpy(), [recipe.pixels(patch) for patch in panels.patches])
     image = recipe.pixels(panels.occluded)
     if panels.label is None or panels.probability is None or panels.clean_probability is None:
         return OcclusionRow(image, box, [name, size], activity, shown, patches)
     called = class_name(panels.label, classes)
-    probability = Heat(_smooth(panels, panels.probability), panels.clean_probability, called, percent=True)
-    lowest = tell(float(panels.probability.min()), percent=True)
-    caption = [name, called, f"{tell(panels.clean_probability, True)}, under this window {lowest}", size]
+    lowest = float(panels.probability.min())
+    probability = Heat(_smooth(panels, panels.probability), lowest, panels.clean_probability, called, percent=True)
+    caption = [name, called, f"{tell(panels.clean_probability, True)}, under this window {tell(lowest, True)}", size]
     return OcclusionRow(image, box, caption, activity, shown, patches, probability, label_panel(panels, classes))
 
 
