@@ -21,6 +21,7 @@ _EXPORTS = {
     "PeakTable": "conelens.peaks",
     "top_peaks": "conelens.peaks",
     "occlude": "conelens.occlusion",
+    "plan_occlusion": "conelens.occlusion",
     "Sweep": "conelens.occlusion",
     "SweepInterrupted": "conelens.occlusion",
     "zeiler_fergus": "conelens.occlusion",

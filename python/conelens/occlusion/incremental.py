@@ -16,7 +16,7 @@ from conelens.changed import AxisClass
 from conelens.execution import Turn, exact_dtype, forward_whole
 from conelens.network import Network
 from conelens.occlusion.engine import Visited
-from conelens.occlusion.forms import Delta, Form, Gather, Patches
+from conelens.occlusion.forms import Patches, form_for
 from conelens.occlusion.records import Record, activity
 from conelens.occlusion.regions import Batch, SweepRegions, peak_cells, sweep_regions
 from conelens.occlusion.windows import Windows, inside_boxes
@@ -39,11 +39,11 @@ class Incremental:
         self.graph = net.graph
         self.output = net.graph.outputs[0]
         self.targets = tuple(sorted({self.output, *(record.node for record in records)}))
-        self._form: Form = Delta() if (form == "auto" and _skips_zeros(images)) or form == "delta" else Gather()
-        self.form = self._form.name
+        self.steps = form_for(form, images.device.type, images.dtype)
+        self.form = self.steps.name
         self.regions = sweep_regions(net.graph, self.targets, windows, images.device.type, self.form == "delta")
         turns = [*self.regions.head, *self.regions.tail]
-        self.cached = frozenset(self._form.cached(net.graph, turns).union(self.targets, self.regions.seam))
+        self.cached = frozenset(self.steps.cached(net.graph, turns).union(self.targets, self.regions.seam))
         cells = sum(math.prod(net.graph[index].shape) for index in self.cached)
         self.group = max(1, min(len(images), memory // (4 * cells * images.element_size())))
         self.tail_units = self._share_of_memory(self._tail_cells(), TAIL_UNITS)
@@ -92,11 +92,6 @@ class Incremental:
         return max(1, min(most, self.memory // (4 * max(1, cells) * self.images.element_size())))
 
 
-def _skips_zeros(images: Tensor) -> bool:
-    """Do stock convolutions leave out the taps on padding? oneDNN in float32 does, and there changes cost less than values."""
-    return images.device.type == "cpu" and images.dtype == torch.float32
-
-
 class _Pass:
     """The positions of one group of images."""
 
@@ -104,7 +99,7 @@ class _Pass:
         self.engine, self.start, self.cache = engine, start, cache
         self.images, self.filled = engine.part(engine.images, start), engine.part(engine.filled, start)
         self.regions: SweepRegions = engine.regions
-        self.graph, self.form = engine.graph, engine._form
+        self.graph, self.form = engine.graph, engine.steps
         self.device = engine.images.device
         self.pending: list[_Pending] = []
 

@@ -1,0 +1,106 @@
+"""What a sweep will cost, before it runs: per layer the changed region, how it is computed, and multiply-accumulates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from conelens.changed import LayerMacs, sweep_macs
+from conelens.errors import ArgumentError
+from conelens.network import Network
+from conelens.occlusion.forms import form_for
+from conelens.occlusion.regions import SweepRegions, sweep_regions
+from conelens.occlusion.windows import Windows, make_windows
+from conelens.operators import Conv2d, Pair
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One convolution or fully connected layer. ``region``: mean changed (height, width); ``macs``: of one position, mean.
+
+    ``scheme``: "delta" or "gather" on changed regions, "dense" on whole maps.
+    """
+
+    name: str
+    map_size: Pair
+    region: tuple[float, float]
+    scheme: str
+    macs: LayerMacs
+
+    @property
+    def planned(self) -> float:
+        """Multiply-accumulates of one position under the scheme, mean."""
+        return self.macs.full if self.scheme == "dense" else getattr(self.macs, self.scheme)
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """The plan of a sweep; prints as a table. ``factors``: whole-network work over the work of each scheme (``occlusion.md`` §4.2)."""
+
+    layers: list[LayerPlan]
+    windows: Windows
+    form: str
+    classes: Pair
+
+    @property
+    def positions(self) -> int:
+        """Windows of the grid."""
+        return self.windows.shape[0] * self.windows.shape[1]
+
+    @property
+    def factors(self) -> dict[str, float]:
+        """How many times less work than running everything: under Krypton's rule, in either exact form, and as planned."""
+        full = sum(layer.macs.full for layer in self.layers)
+        schemes = {
+            name: sum(getattr(layer.macs, name) for layer in self.layers) for name in ("krypton", "gather", "delta")
+        } | {"planned": sum(layer.planned for layer in self.layers)}
+        return {name: full / work for name, work in schemes.items()}
+
+    def __str__(self) -> str:
+        rows = [["layer", "map", "changed", "scheme", "MMAC full", "MMAC planned", "factor"]]
+        for layer in self.layers:
+            (height, width), (rows_changed, columns_changed) = layer.map_size, layer.region
+            rows.append([
+                layer.name, f"{height}x{width}", f"{rows_changed:.1f}x{columns_changed:.1f}", layer.scheme,
+                f"{layer.macs.full / 1e6:.1f}", f"{layer.planned / 1e6:.1f}", f"{layer.macs.full / max(layer.planned, 1.0):.1f}",
+            ])  # fmt: skip
+        full, planned = (sum(values) / 1e6 for values in zip(*((p.macs.full, p.planned) for p in self.layers), strict=True))
+        rows.append(["sum", "", "", "", f"{full:.1f}", f"{planned:.1f}", f"{full / planned:.2f}"])
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        left = (0, 3)  # words; the rest are numbers
+        table = [
+            "  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+            for row in rows
+        ]
+        factors = self.factors
+        return "\n".join([
+            *(line.rstrip() for line in table),
+            f"{self.positions} positions in {self.classes[0]} x {self.classes[1]} classes; work per position, whole network over changed "
+            f"regions: {factors['planned']:.2f} as planned ({factors['krypton']:.2f} by Krypton's rule, {factors['gather']:.2f} by exact "
+            f"regions, {factors['delta']:.2f} by changed inputs alone)",
+        ])  # fmt: skip
+
+
+def plan_occlusion(
+    net: Network, window: int | Sequence[int] = 16, stride: int | Sequence[int] = 4, border: str = "flush", *, form: str = "auto"
+) -> SweepPlan:
+    """What :func:`conelens.occlude` will do with these settings; nothing is run.
+
+    Raises ArgumentError for a window that does not fit the network's images, or an unknown form.
+    """
+    if not isinstance(net, Network):
+        raise ArgumentError(f"net: got {type(net).__name__}, wanted a network from conelens.trace")
+    windows = make_windows((net.input_shape[1], net.input_shape[2]), window, stride, border)
+    name = form_for(form, net.device.type, net.dtype).name
+    regions = sweep_regions(net.graph, (net.graph.outputs[0],), windows, net.device.type, name == "delta")
+    macs = sweep_macs(net.graph, regions.order, regions.rows, regions.columns, windows.largest)
+    layers = [_layer(regions, one, name) for one in macs]
+    return SweepPlan(layers, windows, name, (len(regions.row_classes), len(regions.column_classes)))
+
+
+def _layer(regions: SweepRegions, macs: LayerMacs, form: str) -> LayerPlan:
+    node = regions.graph[macs.node]
+    whole = any(turn.node == macs.node for turn in regions.tail)
+    dense = whole and (isinstance(node.op, Conv2d) or form == "gather" or macs.delta == macs.full)
+    region = (float(regions.rows.widths(macs.node).mean()), float(regions.columns.widths(macs.node).mean()))
+    return LayerPlan(node.name, node.size, region, "dense" if dense else form, macs)
