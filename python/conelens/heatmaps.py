@@ -182,7 +182,8 @@ class _Panels:
         self._tiles(2, [np.moveaxis(tile, 0, -1) for tile in shown])
         self._tiles(3, list(row.patches))
         others = len(row.patches) - 1
-        self._lines(2, ["framed: this image", f"others: the {others} where it is strongest" if others else "", "grey is zero"])
+        told = [f"others: the {others} where it is strongest"] if others else []
+        self._lines(2, ["framed: this image", *told, "grey is zero"])
         if row.probability is not None:
             self._heat(4, row.probability)
         if row.labels is not None:
