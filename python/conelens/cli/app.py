@@ -179,7 +179,7 @@ def occlude(
         console.writable(out)
     bench = open_model(model, weights, input_size, mean, std, scale, fit, device, policy)
     if plan:
-        OUT.print(plan_of(bench, *sizes, border), markup=False)
+        OUT.print(plan_of(bench, *sizes, border, form), markup=False)
         return
     settings = Settings(layer, *sizes, fill, border, class_, strongest, form, bound)
     job = OcclusionJob.prepare(bench, images or [], settings, others)

@@ -39,10 +39,9 @@ class Settings:
     memory: int
 
 
-def plan_of(bench: Workbench, window: tuple[int, int], stride: tuple[int, int], border: str) -> str:
+def plan_of(bench: Workbench, window: tuple[int, int], stride: tuple[int, int], border: str, form: str) -> str:
     """What a sweep would compute, as a table."""
-    make_windows(bench.model.preprocess.size, window, stride, border)
-    return str(conelens.plan_occlusion(bench.net, window, stride, border))
+    return str(conelens.plan_occlusion(bench.net, window, stride, border, form=form))
 
 
 @dataclass(frozen=True)
