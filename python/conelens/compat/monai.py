@@ -34,8 +34,8 @@ class OcclusionSensitivity:
     only what a window can change. "gaussian" (MONAI's default), "mean_patch" and functions show something else in every window
     and run everything anew, as MONAI does; a warning says so.
 
-    Two modes follow MONAI's documentation instead of its code: 1.6 multiplies by the mean of the patch in "mean_patch", and fails
-    with a function.
+    Two modes follow MONAI's documentation instead of its code: MONAI 1.6 multiplies by the mean of the patch in "mean_patch",
+    and fails with a function.
 
     Args:
         nn_module: a classifier; it is switched to evaluation mode meanwhile. Traced once, and again after its weights changed.

@@ -80,8 +80,8 @@ def occlude(
     if windows.image_size != image_size:
         raise ArgumentError(f"window: got a grid for images of {windows.image_size}, wanted one for {image_size}")
     about = {
-        "window": list(windows.largest), "stride": None if windows is window else list(pair(stride, "stride")), "border": border,
-        "fill": fill if isinstance(fill, int | float | str) else f"{type(fill).__name__}",
+        "window": list(windows.largest), "stride": None if windows is window else list(pair(stride, "stride")),
+        "border": border, "fill": fill if isinstance(fill, int | float | str) else f"{type(fill).__name__}",
     }  # fmt: skip
     with torch.inference_mode():
         filled = fill_images(fill, images, windows.largest)
