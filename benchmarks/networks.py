@@ -64,10 +64,16 @@ class _Block(nn.Module):
             shape = [(channels, width, 3, stride), (width, width, 3, 1)]
         layers: list[nn.Module] = []
         for inner, outer, kernel, step in shape:
-            layers += [nn.Conv2d(inner, outer, kernel, step, kernel // 2, bias=False), nn.BatchNorm2d(outer), nn.ReLU(inplace=True)]
+            layers += [
+                nn.Conv2d(inner, outer, kernel, step, kernel // 2, bias=False),
+                nn.BatchNorm2d(outer),
+                nn.ReLU(inplace=True),
+            ]
         self.body = nn.Sequential(*layers[:-1])
         same = stride == 1 and channels == out
-        self.down = nn.Identity() if same else nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+        self.down = (
+            nn.Identity() if same else nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+        )
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:

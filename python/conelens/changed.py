@@ -93,7 +93,7 @@ def whole_class(graph: Graph, order: Sequence[int], axis: int) -> AxisClass:
 
 
 def signatures(graph: Graph, spans: AxisSpans, nodes: Sequence[int]) -> list[np.ndarray]:
-    """Positions grouped by how they go through ``nodes``: equal widths, and equal distance between what a layer reads and has."""
+    """Positions grouped by how they go through ``nodes``: equal widths, and equal leads of what a layer reads."""
     columns = []
     for index in nodes:
         low, high = spans.spans[index]

@@ -41,9 +41,8 @@ class _Layer:
         low, high = spans.spans[turn.node]
         begin, end = spans.spans[turn.sources[0]]
         lead = begin - (low * op.stride[spans.axis] - op.padding[spans.axis])
-        self.out = _each(high - low, groups, np.max)
-        self.held = _each(end - begin, groups, np.max)
-        self.least, self.most = _each(lead, groups, np.min), _each(lead, groups, np.max)
+        self.out, self.held, self.most = (_largest(values, groups) for values in (high - low, end - begin, lead))
+        self.least = -_largest(-lead, groups)
 
     def taps(self, i: np.ndarray | int, j: np.ndarray | int) -> np.ndarray:
         """(output, tap) pairs along the axis for one position of class ``i`` merged with class ``j``."""
@@ -67,8 +66,8 @@ class _Layer:
             held[i] = pick(held[i], held[j])
 
 
-def _each(values: np.ndarray, groups: Sequence[np.ndarray], pick: np.ufunc) -> np.ndarray:
-    return np.array([pick(values[members]) for members in groups])
+def _largest(values: np.ndarray, groups: Sequence[np.ndarray]) -> np.ndarray:
+    return np.array([values[members].max() for members in groups])
 
 
 def axis_classes(graph: Graph, turns: Sequence[Turn], spans: AxisSpans, rates: Rates, delta: bool) -> list[AxisClass]:

@@ -12,7 +12,7 @@ from conelens.occlusion.records import Record
 
 
 class Visited(NamedTuple):
-    """Some positions that are done: ``units`` [U, 3] of (image, row, column), outputs [U, ...], {layer: (sums, maxima) [U, K]}."""
+    """Positions that are done: ``units`` [U, 3] of (image, row, column), outputs [U, ...], {layer: (sums, maxima) [U, K]}."""
 
     units: np.ndarray
     outputs: Tensor

@@ -1,7 +1,8 @@
 """The two exact forms of a step on changed regions.
 
-``Gather``: patches hold values; a layer reads them within their clean surroundings. ``Delta``: patches hold changes; a linear layer
-maps changes to changes and needs nothing else, zeros stay zeros bit for bit, and a non-linear one compares with the clean map.
+``Gather``: patches hold values; a layer reads them within their clean surroundings. ``Delta``: patches hold changes; a linear
+layer maps changes to changes and needs nothing else, zeros stay zeros bit for bit, and a non-linear one compares with the clean
+map.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ class Gather:
     name = "gather"
 
     def cached(self, graph: Graph, turns: Sequence[Turn]) -> set[int]:
-        nodes = set()
+        nodes: set[int] = set()
         for turn in turns:
-            if not (turn.passed or _cell_wise(turn.op) and len(turn.sources) == 1):
+            if not (turn.passed or (_cell_wise(turn.op) and len(turn.sources) == 1)):
                 nodes.update(turn.sources)
         return nodes
 
@@ -88,7 +89,7 @@ class Delta:
     name = "delta"
 
     def cached(self, graph: Graph, turns: Sequence[Turn]) -> set[int]:
-        nodes = set()
+        nodes: set[int] = set()
         for turn in turns:
             if not (turn.passed or turn.op.linear or not turn.sources):
                 nodes.update(turn.sources)
@@ -135,9 +136,7 @@ class Delta:
         """Values through the operator, minus the clean ones."""
         node = turn.node
         whole = batch.whole(node) and all(batch.whole(source) for source in turn.sources)
-        reads = [
-            _everywhere(batch, source) if whole else batch.read(node, edge) for edge, source in enumerate(turn.sources)
-        ]
+        reads = [_everywhere(batch, source) if whole else batch.read(node, edge) for edge, source in enumerate(turn.sources)]
         values = [
             ops.gather_windows(
                 cache[source], x, batch.origin(batch.region(source)), batch.origin(read), read.size,
@@ -223,7 +222,7 @@ def _connect(op: Linear, flatten: Flatten, source: int, change: Tensor, batch: B
 
 
 def _convolve(op: Conv2d, node: int, change: Tensor, batch: Batch) -> Tensor:
-    """A convolution of changes, by padding with zeros: oneDNN leaves out the taps that fall on them, so only changed inputs cost.
+    """A convolution of changes, padded with zeros: oneDNN leaves out the taps that fall on them, so only changed inputs cost.
 
     Padding is the same before and after; where the region has fewer cells on one side, the outputs beyond it are cut off.
     Positions that differ in how far their region lies inside what is read are brought into line first.

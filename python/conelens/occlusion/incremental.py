@@ -88,7 +88,7 @@ class Incremental:
         return waiting + peak_cells(self.graph, regions.tail, regions.whole(), set(self.targets))
 
     def _share_of_memory(self, cells: int, most: int) -> int:
-        """Positions of ``cells`` each that fit into a quarter of the memory: caches, head and tail take one each, one is spare."""
+        """Positions of ``cells`` each that fit a quarter of the memory: caches, head and tail take one each, one is spare."""
         return max(1, min(most, self.memory // (4 * max(1, cells) * self.images.element_size())))
 
 

@@ -35,7 +35,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """The plan of a sweep; prints as a table. ``factors``: whole-network work over the work of each scheme (``occlusion.md`` §4.2)."""
+    """The plan of a sweep; prints as a table."""
 
     layers: list[LayerPlan]
     windows: Windows
@@ -51,19 +51,18 @@ class SweepPlan:
     def factors(self) -> dict[str, float]:
         """How many times less work than running everything: under Krypton's rule, in either exact form, and as planned."""
         full = sum(layer.macs.full for layer in self.layers)
-        schemes = {
-            name: sum(getattr(layer.macs, name) for layer in self.layers) for name in ("krypton", "gather", "delta")
-        } | {"planned": sum(layer.planned for layer in self.layers)}
+        schemes = {name: sum(getattr(layer.macs, name) for layer in self.layers) for name in ("krypton", "gather", "delta")} | {
+            "planned": sum(layer.planned for layer in self.layers)
+        }
         return {name: full / work for name, work in schemes.items()}
 
     def __str__(self) -> str:
         rows = [["layer", "map", "changed", "scheme", "MMAC full", "MMAC planned", "factor"]]
         for layer in self.layers:
-            (height, width), (rows_changed, columns_changed) = layer.map_size, layer.region
-            rows.append([
-                layer.name, f"{height}x{width}", f"{rows_changed:.1f}x{columns_changed:.1f}", layer.scheme,
-                f"{layer.macs.full / 1e6:.1f}", f"{layer.planned / 1e6:.1f}", f"{layer.macs.full / max(layer.planned, 1.0):.1f}",
-            ])  # fmt: skip
+            sizes = "x".join(map(str, layer.map_size)), "x".join(f"{cells:.1f}" for cells in layer.region)
+            work = layer.macs.full, layer.planned
+            factor = work[0] / max(work[1], 1.0)
+            rows.append([layer.name, *sizes, layer.scheme, *(f"{macs / 1e6:.1f}" for macs in work), f"{factor:.1f}"])
         full, planned = (sum(values) / 1e6 for values in zip(*((p.macs.full, p.planned) for p in self.layers), strict=True))
         rows.append(["sum", "", "", "", f"{full:.1f}", f"{planned:.1f}", f"{full / planned:.2f}"])
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -75,14 +74,20 @@ class SweepPlan:
         factors = self.factors
         return "\n".join([
             *(line.rstrip() for line in table),
-            f"{self.positions} positions in {self.classes[0]} x {self.classes[1]} classes; work per position, whole network over changed "
-            f"regions: {factors['planned']:.2f} as planned ({factors['krypton']:.2f} by Krypton's rule, {factors['gather']:.2f} by exact "
-            f"regions, {factors['delta']:.2f} by changed inputs alone)",
+            f"{self.positions} positions in {self.classes[0]} x {self.classes[1]} classes; the whole network is "
+            f"{factors['planned']:.2f} times the planned work",
+            f"({factors['krypton']:.2f} by Krypton's rule, {factors['gather']:.2f} by exact regions, "
+            f"{factors['delta']:.2f} by changed inputs alone)",
         ])  # fmt: skip
 
 
 def plan_occlusion(
-    net: Network, window: int | Sequence[int] = 16, stride: int | Sequence[int] = 4, border: str = "flush", *, form: str = "auto"
+    net: Network,
+    window: int | Sequence[int] = 16,
+    stride: int | Sequence[int] = 4,
+    border: str = "flush",
+    *,
+    form: str = "auto",
 ) -> SweepPlan:
     """What :func:`conelens.occlude` will do with these settings; nothing is run.
 

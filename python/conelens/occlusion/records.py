@@ -38,8 +38,10 @@ class Record:
 
     def joined(self, other: Record) -> Record:
         """The same record of these images and then of others."""
-        parts = {key: torch.cat([getattr(self, key), getattr(other, key)]) for key in ("channels", "sums", "maxima")}
-        return replace(self, **parts)
+        channels, sums, maxima = (
+            torch.cat([getattr(self, key), getattr(other, key)]) for key in ("channels", "sums", "maxima")
+        )
+        return replace(self, channels=channels, sums=sums, maxima=maxima)
 
     def pick(self, maps: Tensor, images: Tensor) -> Tensor:
         """The recorded channels [U, K, H, W] of maps [U, C, H, W] that belong to ``images`` [U]."""

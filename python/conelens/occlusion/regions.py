@@ -15,7 +15,7 @@ from conelens.execution import Turn, schedule
 from conelens.graph import Graph
 from conelens.occlusion.classes import RATES, axis_classes
 from conelens.occlusion.windows import Windows
-from conelens.operators import Edge, Flatten, Pair, Place, Spatial, Step
+from conelens.operators import Edge, Flatten, Place, Spatial, Step
 
 # A layer of which this share is changed, on average over the positions, is computed whole, and all layers behind it.
 WHOLE_SHARE = 0.95
@@ -25,8 +25,8 @@ WHOLE_SHARE = 0.95
 class SweepRegions:
     """The regions of one grid of windows on one network.
 
-    The turns of the ``head`` run on changed regions, class of rows by class of columns; those of the ``tail`` on whole maps, for many
-    positions at once. ``seam``: nodes of the head that the tail reads.
+    The turns of the ``head`` run on changed regions, class of rows by class of columns; those of the ``tail`` on whole maps,
+    for many positions at once. ``seam``: nodes of the head that the tail reads.
     """
 
     graph: Graph
@@ -122,7 +122,7 @@ def same_place(a: Place, b: Place) -> bool:
 
 
 def peak_cells(graph: Graph, turns: Sequence[Turn], classes: tuple[AxisClass, AxisClass], keep: set[int]) -> int:
-    """Cells per position that the ``turns`` have alive at most: patches that are still read, and what a step reads and writes."""
+    """Cells per position that ``turns`` have alive at most: patches that are still read, and what a step reads and writes."""
     alive: dict[int, int] = {}
     peak = 0
     for turn in turns:

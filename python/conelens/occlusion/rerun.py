@@ -25,9 +25,14 @@ class Rerun:
     form = "rerun"
 
     def __init__(
-        self, net: Network | Callable[[Tensor], Tensor], images: Tensor, filled: Tensor, windows: Windows, records: list[Record],
+        self,
+        net: Network | Callable[[Tensor], Tensor],
+        images: Tensor,
+        filled: Tensor,
+        windows: Windows,
+        records: list[Record],
         memory: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.net, self.images, self.filled, self.windows, self.records = net, images, filled, windows, records
         per_image = images[0].numel()
         if isinstance(net, Network):

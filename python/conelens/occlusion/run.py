@@ -42,8 +42,8 @@ def occlude(
     On a traced network only what a window can change is computed, exactly; the results are those of running the network anew.
 
     Args:
-        net: from :func:`conelens.trace`; or a module, which is traced here; or any function of images [N, C, H, W], which is run
-            anew for every position.
+        net: from :func:`conelens.trace`; or a module, which is traced here; or any function of images [N, C, H, W], which is
+            run anew for every position.
         images: [N, C, H, W] in the network's input space.
         window, stride: (height, width) in pixels, or one number for both. Strides need not divide. Or a grid of one's own as
             ``window``, which leaves nothing for ``stride`` and ``border`` to say.
@@ -66,7 +66,8 @@ def occlude(
         raise ArgumentError(f"form: got {form!r}, wanted one of {', '.join(FORMS)}")
     if memory < 2**24:
         raise ArgumentError(f"memory: got {memory} bytes, wanted at least {2**24} (16 MiB)")
-    network, function = _traced(net, images, form)
+    runs = _traced(net, images, form)
+    network = runs if isinstance(runs, Network) else None
     if network is not None:
         network.check_images(images)
     elif not isinstance(images, Tensor) or images.ndim != 4:
@@ -88,32 +89,33 @@ def occlude(
         records = read_records(network, record)
         engine: Engine
         if network is None or form == "rerun":
-            engine = Rerun(network or function, images, filled, windows, records, memory)
+            engine = Rerun(runs, images, filled, windows, records, memory)
         else:
             engine = Incremental(network, images, filled, windows, records, form, memory)
         return _sweep(engine, network, images, filled, windows, about | {"form": engine.form}, progress, resume)
 
 
-def _traced(net: Any, images: Any, form: str) -> tuple[Network | None, Callable[[Tensor], Tensor] | None]:
+def _traced(net: Any, images: Any, form: str) -> Network | Callable[[Tensor], Tensor]:
+    """The traced network, or the function itself where it cannot be traced."""
     if isinstance(net, Network):
-        return net, None
+        return net
     if isinstance(net, nn.Module) and isinstance(images, Tensor):
         try:
-            return trace(net, images[:1]), None
+            return trace(net, images[:1], policy="clamp")  # any rule will do: nothing goes top-down here
         except ArgumentError:
             raise
         except ConelensError as error:
             if form in ("delta", "gather"):
                 raise
             warnings.warn(f"the whole network runs anew for every position, because it cannot be traced: {error}", stacklevel=3)
-            return None, net
+            return net
     if not callable(net):
         raise ArgumentError(f"net: got {type(net).__name__}, wanted a traced network, a module or a function of images")
     if form in ("delta", "gather"):
         raise ArgumentError(f"form: {form!r} needs a traced network; a plain function can only be run anew ('rerun')")
     if form == "auto":
         warnings.warn("the whole function runs anew for every position: only a torch.nn.Module can be traced", stacklevel=3)
-    return None, net
+    return net
 
 
 def _sweep(

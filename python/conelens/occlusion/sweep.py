@@ -21,8 +21,8 @@ FORMAT = "conelens.Sweep 1"
 class Activity:
     """Activity max(0, x) of some channels of one layer, at every position of the sweep and on the clean image.
 
-    ``channels`` [N, K] (they may differ by image); ``sums`` and ``maxima`` [N, rows, cols, K] over the map's cells, NaN where the
-    sweep has not been; ``clean_sums`` and ``clean_maxima`` [N, K].
+    ``channels`` [N, K] (they may differ by image); ``sums`` and ``maxima`` [N, rows, cols, K] over the map's cells, NaN where
+    the sweep has not been; ``clean_sums`` and ``clean_maxima`` [N, K].
     """
 
     channels: Tensor
@@ -37,8 +37,8 @@ class Sweep:
     """What a network returned for every image under every window.
 
     ``outputs`` [N, rows, cols, ...]: the network's output per position; NaN where ``done`` [N, rows, cols] is False.
-    ``clean`` [N, ...]: for the images as they are. ``classifier`` "logits", "probabilities", or None for a network whose output is
-    no vector of classes. ``activity`` {layer: Activity} of the recorded layers. ``about``: the settings of the sweep.
+    ``clean`` [N, ...]: for the images as they are. ``classifier`` "logits", "probabilities", or None for a network whose output
+    is no vector of classes. ``activity`` {layer: Activity} of the recorded layers. ``about``: the settings of the sweep.
     """
 
     outputs: Tensor
@@ -93,7 +93,7 @@ class Sweep:
         return self._classes(self.clean).argmax(-1)
 
     def drop(self, k: Any = None, of: str = "probability") -> Tensor:
-        """How much class ``k`` loses, [N, rows, cols]: clean minus occluded; ``of`` "probability" or "output" (the raw score)."""
+        """How much class ``k`` loses, [N, rows, cols]: clean minus occluded, ``of`` "probability" or "output" (the score)."""
         outputs, clean = self._classes(self.outputs), self._classes(self.clean)
         if of == "probability":
             outputs, clean = self._probabilities(outputs), self._probabilities(clean)
@@ -118,7 +118,7 @@ class Sweep:
         chosen = self.clean_label if k is None else torch.as_tensor(k)
         if chosen.dtype.is_floating_point or chosen.ndim > 1 or (chosen.ndim == 1 and len(chosen) != count):
             raise ArgumentError(f"k: got {k!r}, wanted a class number, or one for each of the {count} images")
-        if chosen.numel() and not (0 <= int(chosen.min()) and int(chosen.max()) < classes):
+        if chosen.numel() and (int(chosen.min()) < 0 or int(chosen.max()) >= classes):
             raise ArgumentError(f"k: got class {k}, this network has classes 0 to {classes - 1}")
         index = chosen.to(values.device).long().expand(count).reshape(count, 1, 1, 1)
         return values.gather(-1, index.expand(*values.shape[:3], 1))[..., 0]
@@ -195,7 +195,8 @@ class Sweep:
             grid = [np.array(held[name], np.int64) for name in ("tops", "bottoms", "lefts", "rights")]
             names = {key.split("\n")[1] for key in tensors if key.startswith("activity\n")}
             activity = {
-                name: Activity(*(tensors[f"activity\n{name}\n{field.name}"] for field in fields(Activity))) for name in sorted(names)
+                name: Activity(*(tensors[f"activity\n{name}\n{field.name}"] for field in fields(Activity)))
+                for name in sorted(names)
             }
             size = (int(held["image_size"][0]), int(held["image_size"][1]))
             windows = Windows(grid[0], grid[1], grid[2], grid[3], size)

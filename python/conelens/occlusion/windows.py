@@ -95,8 +95,8 @@ def fill_images(fill: Any, images: Tensor, window: Pair) -> Tensor:
     """What the windows show of each image, as images [N, C, H, W].
 
     ``fill`` is a number, one number per channel, a tensor that broadcasts to [N, C, H, W] (the network's input space), "mean"
-    (each image's own mean per channel), "blur" (the image blurred so that nothing of the window's size is left: a Gaussian with a
-    standard deviation of half the window), or a function of the images.
+    (each image's own mean per channel), "blur" (the image blurred so that nothing of the window's size is left: a Gaussian with
+    a standard deviation of half the window), or a function of the images.
     """
     count, channels = images.shape[:2]
     if isinstance(fill, str):
