@@ -97,6 +97,36 @@ def peaks(machine: Machine) -> Iterator[Row]:
         yield peaks_row(machine, random(shape, dtype, layout), label)
 
 
+def indexed_windows(base: Tensor, patch: Tensor, place: Tensor, side: int) -> Tensor:
+    y, x = (place[:, axis, None] - 1 + torch.arange(side, device=base.device) for axis in (0, 1))
+    inside = ((y >= 0) & (y < base.shape[2]))[:, :, None] & ((x >= 0) & (x < base.shape[3]))[:, None, :]
+    y, x = y.clamp(0, base.shape[2] - 1), x.clamp(0, base.shape[3] - 1)
+    windows = base[0].permute(1, 2, 0)[y[:, :, None], x[:, None, :]].masked_fill_(~inside[..., None], 0).permute(0, 3, 1, 2)
+    windows[:, :, 1:-1, 1:-1] = patch
+    return windows
+
+
+def windows_row(machine: Machine, base: Tensor, patch: Tensor, label: str) -> Row:
+    units, _, side, _ = patch.shape
+    place = torch.randint(0, base.shape[2] - side + 1, (units, 2), device="cuda")
+    window, args = place - 1, (base, patch, place, side + 2)
+    out = ops.gather_windows(base, patch, place, window, side + 2)
+    return compare(
+        Row("windows", f"windows {label}", floor=2 * out.nbytes / machine.copy),
+        {"ours": lambda: ops.gather_windows(base, patch, place, window, side + 2, out=out)},
+        {"eager": lambda: indexed_windows(*args), "compile": compiled(indexed_windows, *args)},
+        0,
+    )
+
+
+def windows(machine: Machine) -> Iterator[Row]:
+    shapes = ((512, 512, 28, 10), (512, 256, 56, 16), (512, 64, 112, 18), (2048, 3, 224, 16))
+    for (units, channels, size, side), dtype, layout in itertools.product(shapes, (BF16, torch.float32), (CL, NCHW)):
+        base, patch = random((1, channels, size, size), dtype, layout), random((units, channels, side, side), dtype, layout)
+        label = f"{units} of {channels}x{side + 2}x{side + 2} from {size} {str(dtype)[6:]} {layout_name(layout)}"
+        yield windows_row(machine, base, patch, label)
+
+
 # --- filters ------------------------------------------------------------------------------------------------
 
 
@@ -167,7 +197,7 @@ def chains(machine: Machine) -> Iterator[Row]:
         yield chain_row(machine, name, channels, side, dtype)
 
 
-SECTIONS = (pixels, chains, gpu_projections.topdown, gpu_projections.from_pixels, pools, peaks)
+SECTIONS = (pixels, chains, gpu_projections.topdown, gpu_projections.from_pixels, pools, peaks, windows)
 
 
 def main() -> int:

@@ -311,6 +311,99 @@ def peaks_case(shape: tuple[int, int, int, int]) -> Case:
     )
 
 
+# --- windows --------------------------------------------------------------------------------------
+
+
+@dataclass
+class WindowInputs:
+    base: Tensor
+    patch: Tensor
+    patch_origin: Tensor  # of each window's own place; the window reaches one cell further on all sides
+    window_origin: Tensor
+    side: int
+    out: Tensor
+    padded: Tensor  # base between the zeros that windows may reach, for copies of slices
+    last: WindowInputs | None = None  # the same in channels_last
+
+
+def _window_inputs(units: int, channels: int, size: int, patch_side: int) -> WindowInputs:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn((1, channels, size, size), generator=generator)
+    patch = torch.randn((units, channels, patch_side, patch_side), generator=generator)
+    places = torch.randint(0, size - patch_side + 1, (units, 2), generator=generator)
+    side = patch_side + 2
+    out, padded = torch.empty(units, channels, side, side), F.pad(base, (1, 1, 1, 1))
+    tensors = [(t, t.to(memory_format=CL)) for t in (base, patch, out, padded)]
+    first, last = (
+        WindowInputs(base, patch, places, places - 1, side, out, padded) for base, patch, out, padded in zip(*tensors)
+    )
+    first.last = last
+    return first
+
+
+def _windows(inputs: WindowInputs, out: Tensor | None = None) -> Tensor:
+    places = (inputs.patch_origin, inputs.window_origin)
+    return ops.gather_windows(inputs.base, inputs.patch, *places, inputs.side, out=out)
+
+
+def _cells(places: Tensor, side: int, size: int) -> tuple[Tensor, Tensor]:
+    """[U, side] coordinates along one axis, pulled into [0, size), and which of them were inside."""
+    cells = places[:, None] + torch.arange(side)
+    return cells.clamp(0, size - 1), (cells >= 0) & (cells < size)
+
+
+def _indexed_windows(base: Tensor, patch: Tensor, patch_origin: Tensor, window_origin: Tensor, side: int) -> Tensor:
+    (y, y_inside), (x, x_inside) = (_cells(window_origin[:, a], side, base.shape[2 + a]) for a in (0, 1))
+    moved = window_origin - patch_origin
+    (row, row_inside), (column, column_inside) = (_cells(moved[:, a], side, patch.shape[2 + a]) for a in (0, 1))
+    units = torch.arange(len(patch))[:, None, None]
+    around = base[0].permute(1, 2, 0)[y[:, :, None], x[:, None, :]]
+    own = patch.permute(0, 2, 3, 1)[units, row[:, :, None], column[:, None, :]]
+    windows = torch.where((row_inside[:, :, None] & column_inside[:, None, :])[..., None], own, around)
+    return windows.masked_fill_(~(y_inside[:, :, None] & x_inside[:, None, :])[..., None], 0).permute(0, 3, 1, 2)
+
+
+def _sliced_windows(inputs: WindowInputs, out: Tensor | None = None) -> Tensor:
+    """One slice copied per window, then all patches at once: these all lie at (1, 1) and wholly inside the map."""
+    side, end = inputs.side, inputs.side - 1
+    out = torch.empty_like(inputs.out) if out is None else out
+    for window, (y, x) in zip(out, inputs.patch_origin.tolist(), strict=True):
+        window.copy_(inputs.padded[0, :, y : y + side, x : x + side])
+    out[:, :, 1:end, 1:end] = inputs.patch
+    return out
+
+
+def windows_case(label: str, units: int, channels: int, size: int, patch_side: int) -> Case:
+    def spread(inputs: WindowInputs) -> tuple[Any, ...]:
+        return inputs.base, inputs.patch, inputs.patch_origin, inputs.window_origin, inputs.side
+
+    compiled_windows = compiled(_indexed_windows)
+    promised = (Target("channels_last reused", 0.8),)
+    return Case(
+        section="windows of a cached map under each unit's patch",
+        name=f"{label}: {units} of {[channels, patch_side + 2, patch_side + 2]} from {size}x{size}",
+        inputs=lambda: _window_inputs(units, channels, size, patch_side),
+        ours={
+            "NCHW": _windows,
+            "NCHW reused": lambda i: _windows(i, i.out),
+            "channels_last": lambda i: _windows(i.last),
+            "channels_last reused": lambda i: _windows(i.last, i.last.out),
+        },
+        others={
+            "indexing NCHW": lambda i: _indexed_windows(*spread(i)),
+            "indexing channels_last": lambda i: _indexed_windows(*spread(i.last)),
+            "slices NCHW": _sliced_windows,
+            "slices channels_last": lambda i: _sliced_windows(i.last),
+            "torch.compile": lambda i: compiled_windows(*spread(i)),
+            "slices NCHW reused": lambda i: _sliced_windows(i, i.out),
+            "slices channels_last reused": lambda i: _sliced_windows(i.last, i.last.out),
+        },
+        read=lambda _, result: (result,),
+        floor=lambda _: Floor("bytes", 8.0 * units * channels * (patch_side + 2) ** 2),
+        targets=promised if channels > 3 else (),
+    )
+
+
 def cases() -> list[Case]:
     vgg = (("conv1_2", 64, 224), ("conv2_2", 128, 112), ("conv3_3", 256, 56), ("conv4_3", 512, 28))
     deconv = [deconv_case(f"{n} {c}->{c} at {s}", b, c, c, s, True) for n, c, s in vgg for b in (1, 8)]
@@ -321,4 +414,7 @@ def cases() -> list[Case]:
         *deconv,
         *pixels,
         *(peaks_case(s) for s in ((16, 512, 28, 28), VGG)),
+        windows_case("conv4_2", 32, 512, 28, 10),
+        windows_case("conv3_2", 128, 256, 56, 16),
+        windows_case("pixels", 256, 3, 224, 16),
     ]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 
@@ -147,6 +149,36 @@ assert "torch" not in sys.modules
 """
     done = run(sys.executable, "-c", code)
     assert done.returncode == 0, done.stderr
+
+
+def test_windows_of_a_row_that_is_not_there() -> None:
+    """The binding says so and writes nothing; the C launcher, which cannot name it, writes the fill."""
+    base, out = np.ones((1, 2, 3, 3), np.float32), np.full((2, 2, 2, 2), 9, np.float32)
+    origin, rows = np.zeros((2, 2), np.int64), np.array([0, 1], np.int32)
+    assert core.gather_windows(base, None, None, origin, rows, out, 5.0, False, 1) is False
+    assert (out == 9).all()
+    params = GatherWindows(
+        base=base.ctypes.data, window_origin=origin.ctypes.data, rows=rows.ctypes.data, out=out.ctypes.data,
+        samples=1, units=2, channels=2, height=3, width=3, out_height=2, out_width=2,
+        base_stride=(18, 9, 3, 1), out_stride=(8, 4, 2, 1), element_bytes=4, window_origin_bytes=8, rows_bytes=4,
+        fill=int(np.float32(5).view(np.uint32)),
+    )  # fmt: skip
+    assert ctypes.CDLL(str(LIBRARY)).conelens_gather_windows_cpu(ctypes.byref(params), 1) == 0
+    assert (out[0] == 1).all() and (out[1] == 5).all()
+
+
+class GatherWindows(ctypes.Structure):
+    """conelens_gather_windows_params of gather_windows.h"""
+
+    _fields_: ClassVar = [
+        *((name, ctypes.c_void_p) for name in ("base", "patch", "patch_origin", "window_origin", "rows", "out")),
+        *((name, ctypes.c_int64) for name in ("samples", "units", "channels", "height", "width")),
+        *((name, ctypes.c_int64) for name in ("patch_height", "patch_width", "out_height", "out_width")),
+        *((name, ctypes.c_int64 * 4) for name in ("base_stride", "patch_stride", "out_stride")),
+        ("fill", ctypes.c_uint64),
+        *((name, ctypes.c_int32) for name in ("element_bytes", "dtype", "patch_origin_bytes", "window_origin_bytes")),
+        *((name, ctypes.c_int32) for name in ("rows_bytes", "add")),
+    ]
 
 
 def test_c_program_uses_the_library(tmp_path: Path) -> None:
