@@ -71,17 +71,8 @@ def _overlap(start: int, length: int, held: int) -> tuple[slice, int, int]:
 
 
 def _gather(x: Tensor, offset: np.ndarray, size: Pair, fill: float, rows: Tensor | None) -> Tensor:
-    device = x.device
-    if rows is None:
-        rows = torch.arange(x.shape[0], device=device)
-    index, valid = [], []
-    for axis in (0, 1):
-        cells = offset[:, axis, None] + np.arange(size[axis])
-        valid.append(torch.from_numpy((cells >= 0) & (cells < x.shape[2 + axis])).to(device))
-        index.append(torch.from_numpy(np.clip(cells, 0, x.shape[2 + axis] - 1)).to(device))
-    windows = x.permute(0, 2, 3, 1)[rows[:, None, None], index[0][:, :, None], index[1][:, None, :]].permute(0, 3, 1, 2)
-    mask = valid[0][:, None, :, None] & valid[1][:, None, None, :]
-    return windows if bool(mask.all()) else windows.masked_fill(~mask, fill)
+    origin = torch.from_numpy(offset.astype(np.int64)).to(x.device)
+    return ops.gather_windows(x, None, None, origin, size, rows=rows, fill=fill)
 
 
 class Turn(NamedTuple):
