@@ -1,0 +1,380 @@
+"""Occlusion sweeps against running the model itself on every occluded image, window by window."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import conelens
+from benchmarks.networks import NETWORKS, build
+from conelens.occlusion.incremental import Incremental
+from conelens.occlusion.windows import fill_images, make_windows
+from tests.kit import networks
+from tests.kit.compare import relative
+from tests.kit.random_graphs import RandomNet
+
+FORMS = ("gather", "delta")
+
+
+def by_hand(model: Callable[[Tensor], Tensor], images: Tensor, windows: list[tuple[int, int, int, int]], fill: Tensor) -> Tensor:
+    """Outputs [N, P, ...] of the model, one occluded batch after the other."""
+    outputs = []
+    for top, left, bottom, right in windows:
+        covered = images.clone()
+        covered[:, :, top:bottom, left:right] = fill.expand_as(images)[:, :, top:bottom, left:right]
+        outputs.append(model(covered))
+    return torch.stack(outputs, 1)
+
+
+def boxes(sweep: conelens.Sweep) -> list[tuple[int, int, int, int]]:
+    return [sweep.windows.box(r, c) for r in range(len(sweep.tops)) for c in range(len(sweep.lefts))]
+
+
+class Classifier(nn.Module):
+    """One of the kinds of network with the rest of a classifier behind it."""
+
+    def __init__(self, kind: str, ending: str) -> None:
+        super().__init__()
+        self.body = networks.make(kind)
+        self.ending = ending
+        with torch.no_grad():
+            maps = self.body(torch.zeros(1, 3, 64, 64, dtype=torch.float64))
+        cells = maps[0].numel() if ending == "flatten" else maps.shape[1]
+        self.fc = nn.Linear(cells, 7).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.body(x))
+        return self.fc(y.flatten(1) if self.ending == "flatten" else F.adaptive_avg_pool2d(y, 1).flatten(1))
+
+
+class Excited(nn.Module):
+    """A gate from the whole map, a group norm, a sigmoid: whatever a window changes, everything changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.squeeze, self.norm = nn.Conv2d(8, 8, 1), nn.GroupNorm(2, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.silu(self.first(x))
+        y = y * torch.sigmoid(self.squeeze(y.mean((2, 3), keepdim=True)))
+        return self.norm(self.second(y)).flatten(2).mean(2)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("ending", ["flatten", "mean"])
+@pytest.mark.parametrize("kind", list(networks.KINDS))
+@torch.no_grad()
+def test_equal_to_running_the_model(kind: str, ending: str, form: str, images: Tensor) -> None:
+    model = Classifier(kind, ending).eval()
+    fill = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+    sweep = conelens.occlude(model, images, (13, 9), (11, 7), fill.tolist(), form=form)
+    expected = by_hand(model, images, boxes(sweep), fill[:, None, None])
+    assert sweep.about["form"] == form
+    assert relative(sweep.outputs.flatten(1, 2), expected) < 1e-12
+    assert torch.equal(sweep.outputs.argmax(-1), sweep.label)
+    single = conelens.occlude(model.float(), images.float(), (13, 9), (11, 7), fill.tolist(), form=form)
+    assert relative(single.outputs.flatten(1, 2), expected) < 5e-6
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_gates_and_norms_of_the_whole_map(form: str, images: Tensor) -> None:
+    torch.manual_seed(0)
+    model = Excited().double().eval()
+    sweep = conelens.occlude(model, images, 12, 13, "mean", form=form)
+    expected = by_hand(model, images, boxes(sweep), images.mean((2, 3), keepdim=True))
+    assert relative(sweep.outputs.flatten(1, 2), expected) < 1e-12
+
+
+@pytest.mark.parametrize("seed", range(100))
+@torch.no_grad()
+def test_random_graphs(seed: int) -> None:
+    model = RandomNet(7000 + seed).double()
+    shape = model.input_shape
+    rng = np.random.default_rng(seed)
+    images = torch.randn(1, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    window = tuple(int(rng.integers(1, cells + 1)) for cells in shape[1:])
+    stride = tuple(int(rng.integers(2, 12)) for _ in range(2))
+    border = ("flush", "clip")[seed % 2]
+    for form in FORMS:
+        sweep = conelens.occlude(model, images, window, stride, 0.7, border, form=form, memory=2**24)
+        expected = by_hand(model, images, boxes(sweep), torch.tensor(0.7, dtype=torch.float64))
+        assert relative(sweep.outputs.flatten(1, 2), expected) < 1e-12
+
+
+@given(
+    window=st.tuples(st.integers(1, 64), st.integers(1, 64)), stride=st.tuples(st.integers(3, 40), st.integers(3, 40)),
+    border=st.sampled_from(["flush", "clip"]), form=st.sampled_from(FORMS), kind=st.sampled_from(["ResNet", "GoogLeNet", "VGG"]),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+@torch.no_grad()
+def test_any_window_and_stride(window: tuple[int, int], stride: tuple[int, int], border: str, form: str, kind: str) -> None:
+    model = Classifier(kind, "mean").eval()
+    images = torch.randn(1, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    sweep = conelens.occlude(model, images, window, stride, -0.5, border, form=form)
+    expected = by_hand(model, images, boxes(sweep), torch.tensor(-0.5, dtype=torch.float64))
+    assert relative(sweep.outputs.flatten(1, 2), expected) < 1e-12
+    last = boxes(sweep)[-1]
+    assert last[2:] == (64, 64) or border == "clip"
+
+
+@pytest.mark.parametrize("name", list(NETWORKS))
+@torch.no_grad()
+def test_the_five_networks_at_full_size(name: str) -> None:
+    """Within twice of what the two layouts of plain PyTorch differ by, and of 5e-6."""
+    model = build(name)
+    images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    sweeps = {form: conelens.occlude(model, images, 40, 92, form=form) for form in FORMS}
+    where = boxes(sweeps["gather"])
+    plain = by_hand(model, images, where, torch.tensor(0.0))
+    last = model.to(memory_format=torch.channels_last)
+    other = by_hand(last, images.contiguous(memory_format=torch.channels_last), where, torch.tensor(0.0))
+    bound = min(5e-6, 2 * relative(other, plain))
+    for form, sweep in sweeps.items():
+        assert min(relative(sweep.outputs.flatten(1, 2), one) for one in (plain, other)) <= bound, form
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_filling_with_the_image_itself_changes_no_bit(form: str, images: Tensor) -> None:
+    for kind in networks.KINDS:
+        model = Classifier(kind, "flatten").float().eval()
+        sweep = conelens.occlude(model, images.float(), 15, 9, images.float(), form=form, record={"body": "all"})
+        assert torch.equal(sweep.outputs, sweep.clean[:, None, None].expand_as(sweep.outputs))
+        activity = sweep.recorded("body")
+        assert torch.equal(activity.sums, activity.clean_sums[:, None, None].expand_as(activity.sums))
+
+
+def test_changes_of_zero_stay_zero(images: Tensor) -> None:
+    """In the delta form no shortcut is needed for that: the engine itself, asked for positions where nothing changes."""
+    single = images.float()
+    for kind in networks.KINDS:
+        net = conelens.trace(Classifier(kind, "flatten").float().eval(), (3, 64, 64))
+        windows = make_windows((64, 64), 15, 9)
+        with torch.inference_mode():
+            engine = Incremental(net, single, single, windows, [], "delta", 2**30)
+            clean, _ = engine.clean()
+            units = np.argwhere(np.ones((2, *windows.shape), bool))
+            for visited in engine.visit(units):
+                assert torch.equal(visited.outputs, clean[visited.units[:, 0]])
+
+
+def test_constant_background(images: Tensor) -> None:
+    """A window on background of its own colour changes nothing, one that touches the object does; both as by hand."""
+    model = Classifier("AlexNet, overlapping 3/2", "flatten").eval()
+    photograph = torch.full((1, 3, 64, 64), 1.5, dtype=torch.float64)
+    photograph[:, :, 24:40, 24:40] = images[:1, :, 24:40, 24:40]
+    for form in FORMS:
+        sweep = conelens.occlude(model, photograph, 8, 8, 1.5, form=form)
+        with torch.no_grad():
+            expected = by_hand(model, photograph, boxes(sweep), torch.tensor(1.5, dtype=torch.float64))
+        assert relative(sweep.outputs.flatten(1, 2), expected) < 1e-12
+        touched = (sweep.outputs != sweep.clean[:, None, None]).any(-1)[0]
+        assert touched[3:5, 3:5].all()
+        assert int(touched.sum()) == 4
+
+
+# --- what is recorded ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [*FORMS, "rerun"])
+@torch.no_grad()
+def test_recorded_activity(form: str, images: Tensor) -> None:
+    model = Classifier("VGG", "flatten").eval()
+    asked = {"body.2": [1, 5], "body.last": "strongest", "body.9": "all", "fc": [0]}
+    net = conelens.trace(model, (3, 64, 64))
+    asked = {name: wanted for name, wanted in asked.items() if name in {layer.name for layer in net.layers()}}
+    assert len(asked) >= 3
+    sweep = conelens.occlude(net, images, 20, 15, 0.4, record=asked, form=form)
+    for name, wanted in asked.items():
+        activity = sweep.recorded(name)
+        seen: list[Tensor] = []
+        handle = model.get_submodule(name).register_forward_hook(lambda m, i, o, seen=seen: seen.append(o.clone()))
+        model(images)
+        by_hand(model, images, boxes(sweep), torch.tensor(0.4, dtype=torch.float64))
+        handle.remove()
+        maps = torch.stack([one.reshape(*one.shape[:2], -1).clamp_min(0) for one in seen], 1)  # [N, 1 + P, C, cells]
+        if wanted == "strongest":
+            assert torch.equal(activity.channels[:, 0], maps[:, 0].sum(-1).argmax(-1))
+        index = activity.channels[:, None, :, None].expand(-1, maps.shape[1], -1, maps.shape[3])
+        picked = maps.gather(2, index)
+        assert relative(activity.sums.flatten(1, 2), picked[:, 1:].sum(-1)) < 1e-12
+        assert relative(activity.maxima.flatten(1, 2), picked[:, 1:].amax(-1)) < 1e-12
+        assert relative(activity.clean_sums, picked[:, 0].sum(-1)) < 1e-12
+
+
+@torch.no_grad()
+def test_a_network_without_classes(images: Tensor) -> None:
+    model = networks.make("ResNet")
+    for form in FORMS:
+        sweep = conelens.occlude(model, images, 16, 24, form=form)
+        expected = by_hand(model, images, boxes(sweep), torch.tensor(0.0, dtype=torch.float64))
+        assert relative(sweep.outputs.flatten(1, 2), expected) < 1e-12
+        with pytest.raises(conelens.ArgumentError, match="no vector of classes"):
+            sweep.probability(0)
+
+
+def test_probabilities_where_the_network_ends_in_softmax(images: Tensor) -> None:
+    model = nn.Sequential(Classifier("VGG", "mean"), nn.Softmax(1)).eval()
+    sweep = conelens.occlude(model, images, 32, 32)
+    assert sweep.classifier == "probabilities"
+    assert torch.equal(sweep.probabilities, sweep.outputs)
+    with pytest.raises(conelens.ArgumentError, match="returns probabilities"):
+        _ = sweep.logits
+
+
+# --- running, stopping, going on -------------------------------------------------------------------------------------------
+
+
+def test_plain_functions_run_anew_and_say_so(images: Tensor) -> None:
+    model = Classifier("VGG", "mean").eval()
+    with pytest.warns(UserWarning, match="anew for every position"), torch.no_grad():
+        sweep = conelens.occlude(lambda x: model(x), images, 20, 30)
+    assert relative(sweep.outputs, conelens.occlude(model, images, 20, 30).outputs) < 1e-12
+    with pytest.raises(conelens.ArgumentError, match="needs a traced network"):
+        conelens.occlude(lambda x: model(x), images, 20, 30, form="delta")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        conelens.occlude(lambda x: model(x), images, 20, 30, form="rerun")
+
+
+def test_a_module_that_cannot_be_traced(images: Tensor) -> None:
+    class Sorted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(2).sort(2).values[:, :, -5:].sum(2)
+
+    with pytest.warns(UserWarning, match="cannot be traced"):
+        sweep = conelens.occlude(Sorted().eval(), images, 20, 30)
+    assert sweep.about["form"] == "rerun"
+    assert sweep.complete
+
+
+@pytest.mark.parametrize("form", [*FORMS, "rerun"])
+def test_interrupted_and_resumed(form: str, images: Tensor) -> None:
+    model = Classifier("VGG", "flatten").eval()
+    net = conelens.trace(model, (3, 64, 64))
+    calls: list[tuple[int, int]] = []
+
+    def stop(done: int, total: int) -> None:
+        calls.append((done, total))
+        raise KeyboardInterrupt
+
+    settings = {"window": 10, "stride": 5, "fill": "mean", "form": form, "memory": 2**24, "record": ["body.last"]}
+    with pytest.raises(conelens.SweepInterrupted) as stopped:
+        conelens.occlude(net, images, progress=stop, **settings)
+    part = stopped.value.sweep
+    assert 0 < int(part.done.sum()) == calls[0][0] < calls[0][1] == part.done.numel()
+    assert part.outputs[~part.done].isnan().all()
+    assert (part.label[~part.done] == -1).all()
+    assert not part.outputs[part.done].isnan().any()
+    seen: list[int] = []
+    whole = conelens.occlude(net, images, resume=part, progress=lambda done, total: seen.append(done), **settings)
+    assert whole.complete
+    assert seen[0] > calls[0][0]
+    assert relative(whole.outputs, conelens.occlude(net, images, **settings).outputs) < 1e-12
+    with pytest.raises(conelens.ArgumentError, match="resume"):
+        conelens.occlude(net, images + 1, resume=part, **settings)
+    with pytest.raises(conelens.ArgumentError, match="resume"):
+        conelens.occlude(net, images, resume=part, **settings | {"fill": 0.5})
+
+
+def test_save_and_load(tmp_path, images: Tensor) -> None:  # type: ignore[no-untyped-def]
+    net = conelens.trace(Classifier("VGG", "flatten").eval(), (3, 64, 64))
+    sweep = conelens.occlude(net, images, 20, 30, record={"body.last": "strongest"})
+    sweep.save(tmp_path)
+    held = conelens.Sweep.load(tmp_path)
+    assert torch.equal(held.outputs, sweep.outputs)
+    assert torch.equal(held.recorded("body.last").sums, sweep.recorded("body.last").sums)
+    assert held.about == sweep.about
+    assert torch.equal(held.heatmap(3), sweep.heatmap(3))
+    (tmp_path / "sweep.json").write_text("{}")
+    with pytest.raises(conelens.CheckpointError, match="no sweep"):
+        conelens.Sweep.load(tmp_path)
+    with pytest.raises(conelens.CheckpointError, match="no sweep"):
+        conelens.Sweep.load(tmp_path / "nowhere")
+
+
+def test_pictures(images: Tensor) -> None:
+    net = conelens.trace(Classifier("VGG", "flatten").eval(), (3, 64, 64))
+    sweep = conelens.occlude(net, images, (20, 12), (11, 7), border="clip")
+    values = sweep.drop(2, of="output")
+    total, weight = torch.zeros_like(images[:, 0]), torch.zeros(64, 64)
+    for r in range(len(sweep.tops)):
+        for c in range(len(sweep.lefts)):
+            top, left, bottom, right = sweep.windows.box(r, c)
+            total[:, top:bottom, left:right] += values[:, r, c, None, None]
+            weight[top:bottom, left:right] += 1
+    assert relative(sweep.pixel_map(values), total / weight) < 1e-12
+    smooth = sweep.upsample(values)
+    assert smooth.shape == (2, 64, 64)
+    assert torch.allclose(smooth[:, 0, 0], values[:, 0, 0])
+    assert relative(sweep.upsample(torch.ones_like(values)), torch.ones(2, 64, 64)) < 1e-12
+
+
+def test_fills(images: Tensor) -> None:
+    mean = images.mean((2, 3), keepdim=True).expand_as(images)
+    assert torch.equal(fill_images("mean", images, (9, 9)), mean)
+    assert torch.equal(fill_images([1, 2, 3], images, (9, 9))[0, :, 5, 5], torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+    assert torch.equal(fill_images(lambda x: x.flip(3), images, (9, 9)), images.flip(3))
+    blurred = fill_images("blur", images, (12, 12))
+    assert blurred.std() < 0.2 * images.std()
+    assert torch.allclose(fill_images("blur", torch.ones_like(images), (12, 30)), torch.ones_like(images))
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"window": 65}, "larger than the images"),
+        ({"window": 0}, "window: got 0"),
+        ({"window": (4, 4, 4)}, "window"),
+        ({"stride": 0}, "stride: got 0"),
+        ({"stride": 2.5}, "stride: got 2.5"),
+        ({"border": "wrap"}, "border: got 'wrap'"),
+        ({"fill": "grey"}, "fill: got 'grey'"),
+        ({"fill": [1.0, 2.0]}, "fill"),
+        ({"fill": torch.zeros(3, 5, 5)}, "fill: got shape"),
+        ({"fill": float("nan")}, "fill: holds NaN"),
+        ({"form": "magic"}, "form: got 'magic'"),
+        ({"memory": 100}, "memory: got 100"),
+        ({"record": {"body.last": [99]}}, "channels 0 to"),
+        ({"record": {"body.last": "weakest"}}, "'weakest'"),
+    ],
+)
+def test_refusals(change: dict, message: str, images: Tensor) -> None:  # type: ignore[type-arg]
+    net = conelens.trace(Classifier("VGG", "mean").eval(), (3, 64, 64))
+    with pytest.raises(conelens.ConelensError, match=message):
+        conelens.occlude(net, images, **{"window": 20, "stride": 30} | change)
+
+
+def test_more_refusals(images: Tensor) -> None:
+    net = conelens.trace(Classifier("VGG", "mean").eval(), (3, 64, 64))
+    for wrong, message in ((images[:0], "at least one"), (images * torch.nan, "NaN"), (images.float(), "float32"),
+                           (images[0], "shape"), (images[..., :50], "shape")):  # fmt: skip
+        with pytest.raises(conelens.ArgumentError, match=message):
+            conelens.occlude(net, wrong, 20, 30)
+    with pytest.raises(conelens.LayerError, match="did you mean"):
+        conelens.occlude(net, images, 20, 30, record="body.lest")
+    with pytest.raises(conelens.ArgumentError, match="net: got int"):
+        conelens.occlude(3, images, 20, 30)  # type: ignore[arg-type]
+    sweep = conelens.occlude(net, images, 20, 30)
+    for k in (7, -1, [1, 2, 3], 1.5):
+        with pytest.raises(conelens.ArgumentError, match="k: got"):
+            sweep.drop(k)
+    with pytest.raises(conelens.LayerError, match="not recorded"):
+        sweep.recorded("body.last")
