@@ -114,9 +114,7 @@ class Delta:
         if op.linear:
             return self._linear(turn, inputs, batch)
         if isinstance(op, Rectify):
-            clean = _clean(cache[turn.sources[0]], batch, batch.region(node))
-            after = torch.relu_(inputs[0] + clean)
-            return after.sub_(torch.relu_(clean))
+            return _rectify(inputs[0], _clean(cache[turn.sources[0]], batch, batch.region(node)))
         return self._nonlinear(turn, inputs, cache, batch)
 
     def _linear(self, turn: Turn, inputs: list[Tensor], batch: Batch) -> Tensor:
@@ -201,6 +199,12 @@ def _zeros_around(patch: Tensor, batch: Batch, held: Place, read: Place) -> Tens
 
 def _clean(maps: Tensor, batch: Batch, place: Place) -> Tensor:
     return ops.gather_windows(maps, None, None, batch.origin(place), place.size, rows=batch.image)
+
+
+def _rectify(change: Tensor, clean: Tensor) -> Tensor:
+    """``relu(clean + change) - relu(clean)``; where the unit is on and stays on, the change passes without any rounding."""
+    below = (-clean).clamp_max_(0)
+    return torch.maximum(clean.clamp_max_(0).add_(change), below)
 
 
 def _connect(op: Linear, flatten: Flatten, source: int, change: Tensor, batch: Batch) -> Tensor:

@@ -100,6 +100,11 @@ class Conv2d(Operator):
         return float(channels * height * width) * per_group * kh * kw
 
 
+# With fewer rows MKL takes matrix-vector products, which round up to four times worse than the products of many rows that the
+# same layer runs elsewhere: one image's result would then be the worst of a sweep.
+_GEMM_ROWS = 4
+
+
 @dataclass(eq=False)
 class Linear(Operator):
     """Fully connected layer on a vector map [U, F, 1, 1]."""
@@ -111,7 +116,11 @@ class Linear(Operator):
     linear = True
 
     def forward(self, inputs: Sequence[Tensor], step: Step | None) -> Tensor:
-        return F.linear(inputs[0].flatten(1), self.weight, self.bias)[:, :, None, None]
+        x = inputs[0].flatten(1)
+        rows = len(x)
+        if 0 < rows < _GEMM_ROWS and x.device.type == "cpu" and x.dtype == torch.float32:
+            x = x[:1].expand(_GEMM_ROWS, -1) if rows == 1 else torch.cat([x, x[:1].expand(_GEMM_ROWS - rows, -1)])
+        return F.linear(x, self.weight, self.bias)[:rows, :, None, None]
 
     def change(self, inputs: Sequence[Tensor], step: Step | None) -> Tensor:
         return F.linear(inputs[0].flatten(1), self.weight)[:, :, None, None]
