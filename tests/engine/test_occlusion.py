@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -380,3 +382,40 @@ def test_more_refusals(images: Tensor) -> None:
             sweep.drop(k)
     with pytest.raises(conelens.LayerError, match="not recorded"):
         sweep.recorded("body.last")
+
+
+def test_results_are_ordinary_tensors(images: Tensor) -> None:
+    net = conelens.trace(Classifier("VGG", "mean").eval(), (3, 64, 64))
+    sweep = conelens.occlude(net, images, 20, 30, record="body.last")
+    for tensor in (sweep.outputs, sweep.clean, sweep.done, *vars(sweep.recorded("body.last")).values()):
+        assert not tensor.is_inference()
+
+
+def test_a_fill_of_pixels_is_told_from_another(images: Tensor) -> None:
+    net = conelens.trace(Classifier("VGG", "mean").eval(), (3, 64, 64))
+    sweep = conelens.occlude(net, images, 20, 30, images.flip(3))
+    conelens.occlude(net, images, 20, 30, lambda x: x.flip(3), resume=sweep)
+    with pytest.raises(conelens.ArgumentError, match="resume"):
+        conelens.occlude(net, images, 20, 30, images.flip(2), resume=sweep)
+
+
+_PEAK = """
+import resource, sys, torch, conelens
+from benchmarks.networks import build
+torch.set_num_threads(2)
+net = conelens.trace(build("AlexNet"), (3, 224, 224))
+images = torch.randn(2, 3, 224, 224)
+conelens.occlude(net, images[:1], 200, 24, form=sys.argv[1], memory=2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+conelens.occlude(net, images, 16, 8, form=sys.argv[1], memory=int(sys.argv[2]), record="0.7")
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory as Linux counts it")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("memory", [2**27, 2**31])
+def test_memory_stays_under_the_bound(form: str, memory: int) -> None:
+    run = subprocess.run([sys.executable, "-c", _PEAK, form, str(memory)], capture_output=True, text=True, check=True)
+    result = 2 * 27**2 * (1000 + 2 * 384) * 4
+    assert int(run.stdout) <= memory + result

@@ -22,6 +22,9 @@ from conelens.graph import Graph
 from conelens.occlusion.regions import Batch, same_place
 from conelens.operators import Conv2d, Flatten, Linear, MaxPool2d, Operator, Place, Rectify, Spatial, Step
 
+# Positions from which on a fully connected layer is worth taking apart into the cells that it reads.
+CELL_UNITS = 256
+
 Patches = dict[int, Tensor]  # [U, C, h, w] on the region of each node
 
 
@@ -84,9 +87,13 @@ class Gather:
 
 
 class Delta:
-    """Patches of changes."""
+    """Patches of changes. ``memory``: bytes that filters of fully connected layers may take in a second layout, for one sweep."""
 
     name = "delta"
+
+    def __init__(self, memory: int = 0) -> None:
+        self._memory = memory
+        self._by_cell: dict[int, Tensor] = {}
 
     def cached(self, graph: Graph, turns: Sequence[Turn]) -> set[int]:
         nodes: set[int] = set()
@@ -108,9 +115,7 @@ class Delta:
         if isinstance(op, Conv2d):
             return _convolve(op, node, inputs[0], batch)
         if isinstance(op, Linear):
-            (source,) = turn.sources
-            flatten = batch.graph[source].op
-            return _connect(op, flatten, source, inputs[0], batch) if isinstance(flatten, Flatten) else op.change(inputs, None)
+            return self._connect(op, turn, inputs[0], batch)
         if op.linear:
             return self._linear(turn, inputs, batch)
         if isinstance(op, Rectify):
@@ -129,6 +134,27 @@ class Delta:
             reads = [batch.read(node, edge) for edge in range(len(turn.sources))]
         inputs = [_zeros_around(x, batch, place, read) for x, place, read in zip(inputs, held, reads, strict=True)]
         return op.change(inputs, batch.step(node, reads))
+
+    def _connect(self, op: Linear, turn: Turn, change: Tensor, batch: Batch) -> Tensor:
+        """A fully connected layer; on flattened maps cell by cell, where only units that change there take part."""
+        flatten = batch.graph[turn.sources[0]].op
+        if len(change) < CELL_UNITS or not isinstance(flatten, Flatten) or op.weight.nbytes > self._memory:
+            return op.change([change], None)
+        channels, height, width = flatten.shape
+        if turn.node not in self._by_cell:
+            self._by_cell[turn.node] = op.weight.reshape(-1, channels, height, width).permute(2, 3, 0, 1).contiguous()
+            self._memory -= op.weight.nbytes
+        weight = self._by_cell[turn.node]
+        (map_,) = batch.graph[turn.sources[0]].inputs
+        (top, bottom), (left, right) = (batch.changed(map_, axis) for axis in (0, 1))
+        maps = change.reshape(-1, channels, height, width)
+        out = change.new_zeros((len(change), len(op.weight)))
+        for row in range(height):
+            for column in range(width):
+                mine = np.flatnonzero((top <= row) & (row < bottom) & (left <= column) & (column < right))
+                index = torch.from_numpy(mine).to(change.device)
+                out.index_add_(0, index, F.linear(maps[index, :, row, column], weight[row, column]))
+        return out[:, :, None, None]
 
     def _nonlinear(self, turn: Turn, inputs: list[Tensor], cache: Patches, batch: Batch) -> Tensor:
         """Values through the operator, minus the clean ones."""
@@ -154,14 +180,14 @@ class Delta:
         return _zeros_around(patch, batch, batch.region(node), _everywhere(batch, node))
 
 
-def form_for(form: str, device: str, dtype: torch.dtype) -> Form:
-    """The form of this name, or for "auto" the one that runs faster.
+def form_for(form: str, device: str, dtype: torch.dtype, memory: int = 0) -> Form:
+    """The form of this name, or for "auto" the one that runs faster; it may keep ``memory`` bytes to itself.
 
     Stock convolutions in float32 on CPUs (oneDNN) leave out the taps on padding, and there changes cost less than values.
     """
     if form not in ("auto", "delta", "gather"):
         raise ArgumentError(f"form: got {form!r}, wanted 'auto', 'delta' or 'gather'")
-    return Delta() if form == "delta" or (form == "auto" and device == "cpu" and dtype == torch.float32) else Gather()
+    return Delta(memory) if form == "delta" or (form == "auto" and device == "cpu" and dtype == torch.float32) else Gather()
 
 
 def _cell_wise(op: Operator) -> bool:
@@ -205,24 +231,6 @@ def _rectify(change: Tensor, clean: Tensor) -> Tensor:
     """``relu(clean + change) - relu(clean)``; where the unit is on and stays on, the change passes without any rounding."""
     below = (-clean).clamp_max_(0)
     return torch.maximum(clean.clamp_max_(0).add_(change), below)
-
-
-def _connect(op: Linear, flatten: Flatten, source: int, change: Tensor, batch: Batch) -> Tensor:
-    """A fully connected layer on flattened maps of changes, cell by cell of the map: only units that change there take part."""
-    (map_,) = batch.graph[source].inputs
-    channels, height, width = flatten.shape
-    (top, bottom), (left, right) = (batch.changed(map_, axis) for axis in (0, 1))
-    x = change.reshape(-1, channels, height, width)
-    by_cell = batch.graph.remember(
-        ("weights by cell", source), lambda: op.weight.reshape(-1, channels, height, width).permute(2, 3, 0, 1).contiguous()
-    )
-    out = change.new_zeros((len(change), len(op.weight)))
-    for row in range(height):
-        for column in range(width):
-            mine = np.flatnonzero((top <= row) & (row < bottom) & (left <= column) & (column < right))
-            index = torch.from_numpy(mine).to(change.device)
-            out.index_add_(0, index, F.linear(x[index, :, row, column], by_cell[row, column]))
-    return out[:, :, None, None]
 
 
 def _convolve(op: Conv2d, node: int, change: Tensor, batch: Batch) -> Tensor:

@@ -39,7 +39,7 @@ class Incremental:
         self.graph = net.graph
         self.output = net.graph.outputs[0]
         self.targets = tuple(sorted({self.output, *(record.node for record in records)}))
-        self.steps = form_for(form, images.device.type, images.dtype)
+        self.steps = form_for(form, images.device.type, images.dtype, memory // 4)
         self.form = self.steps.name
         self.regions = sweep_regions(net.graph, self.targets, windows, images.device.type, self.form == "delta")
         turns = [*self.regions.head, *self.regions.tail]
@@ -78,7 +78,7 @@ class Incremental:
         """How many positions of a pair of classes run together."""
         cells = peak_cells(self.graph, self.regions.head, classes, {*self.regions.seam, *self.targets})
         cells += max((math.prod(self.graph[record.node].shape) for record in self.records), default=0)
-        largest = HEAD_BYTES[self.images.device.type] // (cells * self.images.element_size())
+        largest = HEAD_BYTES.get(self.images.device.type, HEAD_BYTES["cpu"]) // (cells * self.images.element_size())
         return self._share_of_memory(cells, max(1, largest))
 
     def _tail_cells(self) -> int:
@@ -88,7 +88,7 @@ class Incremental:
         return waiting + peak_cells(self.graph, regions.tail, regions.whole(), set(self.targets))
 
     def _share_of_memory(self, cells: int, most: int) -> int:
-        """Positions of ``cells`` each that fit a quarter of the memory: caches, head and tail take one each, one is spare."""
+        """Positions of ``cells`` each that fit a quarter of the memory: cache, head, tail and the form take one each."""
         return max(1, min(most, self.memory // (4 * max(1, cells) * self.images.element_size())))
 
 

@@ -61,7 +61,7 @@ def sweep_regions(graph: Graph, targets: tuple[int, ...], windows: Windows, devi
     head = [turn for turn in turns if turn.node not in behind]
     tail = [turn for turn in turns if turn.node in behind]
     seam = sorted({source for turn in tail for source in turn.sources} - behind)
-    classes = [axis_classes(graph, head, axis, RATES[device], delta) for axis in (rows, columns)]
+    classes = [axis_classes(graph, head, axis, RATES.get(device, RATES["cpu"]), delta) for axis in (rows, columns)]
     return SweepRegions(graph, order, targets, rows, columns, head, tail, seam, classes[0], classes[1])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -80,12 +81,13 @@ def occlude(
     windows = window if isinstance(window, Windows) else make_windows(image_size, window, stride, border)
     if windows.image_size != image_size:
         raise ArgumentError(f"window: got a grid for images of {windows.image_size}, wanted one for {image_size}")
-    about = {
-        "window": list(windows.largest), "stride": None if windows is window else list(pair(stride, "stride")),
-        "border": border, "fill": fill if isinstance(fill, int | float | str) else f"{type(fill).__name__}",
-    }  # fmt: skip
     with torch.inference_mode():
         filled = fill_images(fill, images, windows.largest)
+    about = {
+        "window": list(windows.largest), "stride": None if windows is window else list(pair(stride, "stride")),
+        "border": border, "fill": fill if isinstance(fill, int | float | str) else _fingerprint(filled),
+    }  # fmt: skip
+    with torch.inference_mode():
         records = read_records(network, record)
         engine: Engine
         if network is None or form == "rerun":
@@ -123,7 +125,8 @@ def _sweep(
     progress: Callable[[int, int], None] | None, resume: Sweep | None,
 ) -> Sweep:  # fmt: skip
     clean, records = engine.clean()
-    sweep = _empty(clean, records, windows, _kind(network, clean), about)
+    with torch.inference_mode(False):  # the result is made of ordinary tensors
+        sweep = _empty(clean.clone(), records, windows, _kind(network, clean), about)
     if resume is not None:
         _require_same(resume, sweep)
         sweep = resume
@@ -154,6 +157,11 @@ def _kind(network: Network | None, clean: Tensor) -> str | None:
     return "probabilities" if sums_to_one else "logits"
 
 
+def _fingerprint(filled: Tensor) -> str:
+    """What stands for a fill that is no number or word: equal for equal fills."""
+    return f"pixels {zlib.crc32(filled.double().cpu().contiguous().numpy().tobytes()):08x}"
+
+
 def _empty(clean: Tensor, records: list[Record], windows: Windows, kind: str | None, about: dict[str, Any]) -> Sweep:
     grid = (len(clean), *windows.shape)
     activity = {}
@@ -161,8 +169,8 @@ def _empty(clean: Tensor, records: list[Record], windows: Windows, kind: str | N
         assert record.channels is not None and record.sums is not None and record.maxima is not None
         room = (*grid, record.channels.shape[1])
         activity[record.name] = Activity(
-            record.channels, record.sums.new_full(room, float("nan")), record.maxima.new_full(room, float("nan")),
-            record.sums, record.maxima,
+            record.channels.clone(), record.sums.new_full(room, float("nan")), record.maxima.new_full(room, float("nan")),
+            record.sums.clone(), record.maxima.clone(),
         )  # fmt: skip
     outputs = clean.new_full((*grid, *clean.shape[1:]), float("nan"))
     done = torch.zeros(grid, dtype=torch.bool, device=clean.device)
