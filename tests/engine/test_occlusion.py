@@ -13,10 +13,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor, nn
 
 import conelens
 from benchmarks.networks import NETWORKS, build
+from conelens.assets import photographs
+from conelens.data import ImageFolder
+from conelens.models import load_model
 from conelens.occlusion.incremental import Incremental
 from conelens.occlusion.windows import fill_images, make_windows
 from tests.kit import networks
@@ -26,7 +30,9 @@ from tests.kit.random_graphs import RandomNet
 FORMS = ("gather", "delta")
 
 
-def by_hand(model: Callable[[Tensor], Tensor], images: Tensor, windows: list[tuple[int, int, int, int]], fill: Tensor) -> Tensor:
+def by_hand(
+    model: Callable[[Tensor], Tensor], images: Tensor, windows: list[tuple[int, int, int, int]], fill: Tensor
+) -> Tensor:
     """Outputs [N, P, ...] of the model, one occluded batch after the other."""
     outputs = []
     for top, left, bottom, right in windows:
@@ -119,9 +125,12 @@ def test_random_graphs(seed: int) -> None:
 
 
 @given(
-    window=st.tuples(st.integers(1, 64), st.integers(1, 64)), stride=st.tuples(st.integers(3, 40), st.integers(3, 40)),
-    border=st.sampled_from(["flush", "clip"]), form=st.sampled_from(FORMS), kind=st.sampled_from(["ResNet", "GoogLeNet", "VGG"]),
-)  # fmt: skip
+    window=st.tuples(st.integers(1, 64), st.integers(1, 64)),
+    stride=st.tuples(st.integers(3, 40), st.integers(3, 40)),
+    border=st.sampled_from(["flush", "clip"]),
+    form=st.sampled_from(FORMS),
+    kind=st.sampled_from(["ResNet", "GoogLeNet", "VGG"]),
+)
 @settings(max_examples=60, deadline=None)
 @torch.no_grad()
 def test_any_window_and_stride(window: tuple[int, int], stride: tuple[int, int], border: str, form: str, kind: str) -> None:
@@ -189,6 +198,47 @@ def test_constant_background(images: Tensor) -> None:
         touched = (sweep.outputs != sweep.clean[:, None, None]).any(-1)[0]
         assert touched[3:5, 3:5].all()
         assert int(touched.sum()) == 4
+
+
+@pytest.mark.parametrize("name", list(NETWORKS))
+@torch.no_grad()
+def test_the_five_networks_in_float64(name: str) -> None:
+    model = build(name).double()
+    images = torch.randn(1, 3, 224, 224, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for form in FORMS:
+        sweep = conelens.occlude(model, images, (30, 44), 180, form=form)
+        expected = by_hand(model, images, boxes(sweep), torch.tensor(0.0, dtype=torch.float64))
+        assert relative(sweep.outputs.flatten(1, 2), expected) < 1e-12
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_squeezenet_on_photographs(form: str) -> None:
+    """As they are, and on a white page: large constant areas, where tied pool windows abound."""
+    loaded = load_model("squeezenet1_1")
+    photos = ImageFolder(photographs(), loaded.preprocess)
+    page = loaded.preprocess(Image.new("RGB", (224, 224), "white"))
+    page[:, 60:160, 50:180] = photos[0][:, 60:160, 50:180]
+    images = torch.stack([photos[10], page])
+    sweep = conelens.occlude(loaded.module, images, 40, 61, "mean", form=form)
+    expected = by_hand(loaded.module, images, boxes(sweep), images.mean((2, 3), keepdim=True))
+    assert relative(sweep.outputs.flatten(1, 2), expected) < 5e-6
+
+
+def test_covering_the_object_lowers_its_class() -> None:
+    """Where people see the head of the duck and the face of the sheep, the network sees them too."""
+    loaded = load_model("squeezenet1_1")
+    photos = ImageFolder(photographs(), loaded.preprocess)
+    names = [path.stem for path in photos.paths]
+    for name, (y, x), least in (("duck", (48, 178), 0.5), ("sheep", (40, 114), 0.4)):
+        sweep = conelens.occlude(loaded.module, photos[names.index(name)][None], 48, 12, "mean")
+        drop = sweep.drop()[0]
+        row, column = divmod(int(drop.argmax()), drop.shape[1])
+        top, left, bottom, right = sweep.windows.box(row, column)
+        assert drop.max() > least
+        assert top <= y + 24 and bottom >= y - 24 and left <= x + 24 and right >= x - 24
+        corners = drop[[0, 0, -1, -1], [0, -1, 0, -1]]
+        assert corners.abs().max() < 0.3 * drop.max()
 
 
 # --- what is recorded ------------------------------------------------------------------------------------------------------
