@@ -48,7 +48,11 @@ class Case:
     that end in "reused" write into buffers of their own. ``read`` brings a result of any contender into one
     comparable form. ``check_inputs`` makes smaller inputs for the gate, ``check_part`` of the work, where a run
     of everybody would take too long. ``tolerance`` is the relative 2-norm allowed to floats; whole numbers must
-    be equal.
+    be equal. The gate compares with ``wanted``, by default the first of ours on the reference implementations.
+
+    Sweeps: one call of a contender does so many ``positions``, and the table shows positions/s. Contenders run once
+    each time ``schedule`` names them, ours are compared with ``wanted`` where they were timed as well, and ``facts``
+    are columns of their own.
     """
 
     section: str
@@ -63,6 +67,10 @@ class Case:
     check_inputs: Callable[[], Any] | None = None
     check_part: float = 1.0
     note: str = ""
+    wanted: Run | None = None
+    positions: Mapping[str, int] = field(default_factory=dict)
+    schedule: tuple[str, ...] = ()
+    facts: Callable[[Any], dict[str, str]] | None = None
 
     @property
     def identity(self) -> str:
@@ -71,6 +79,11 @@ class Case:
     @property
     def contenders(self) -> dict[str, Run]:
         return {**self.ours, **self.others}
+
+    @property
+    def turns(self) -> tuple[str, ...]:
+        """Who is timed, one after the other."""
+        return self.schedule or tuple(self.contenders)
 
 
 @dataclass
@@ -82,10 +95,13 @@ class Verdicts:
 
 
 def check(case: Case, inputs: Any) -> Verdicts:
-    """Run every contender once, kernels forced for ours, and compare all of them with our references."""
-    first = next(iter(case.ours.values()))
-    with ops.use_backend("reference"):
-        wanted = tuple(t.clone() for t in case.read(inputs, first(inputs)))
+    """Run every contender once, kernels forced for ours, and compare all of them with what is wanted."""
+    if case.wanted is not None:
+        wanted = case.read(inputs, case.wanted(inputs))
+    else:
+        first = next(iter(case.ours.values()))
+        with ops.use_backend("reference"):
+            wanted = tuple(t.clone() for t in case.read(inputs, first(inputs)))
     verdicts = Verdicts()
     for name, run in case.contenders.items():
         try:
@@ -118,11 +134,16 @@ def disagreement(wanted: tuple[Tensor, ...], found: tuple[Tensor, ...], toleranc
             if wrong:
                 return f"result {at} differs in {wrong} of {a.numel()} cells"
             continue
-        norm, apart = float(a.double().norm()), float((a.double() - b.double()).norm())
-        relative = 0.0 if apart == 0 else apart / norm if norm else float("inf")
-        if not relative <= tolerance:
-            return f"result {at} differs by {relative:.1e} in relative 2-norm, allowed {tolerance:g}"
+        apart = relative(a, b)
+        if not apart <= tolerance:
+            return f"result {at} differs by {apart:.1e} in relative 2-norm, allowed {tolerance:g}"
     return ""
+
+
+def relative(wanted: Tensor, found: Tensor) -> float:
+    """2-norm of the difference over that of ``wanted``; 0 where both are zero."""
+    norm, apart = float(wanted.double().norm()), float((wanted.double() - found.double()).norm())
+    return 0.0 if apart == 0 else apart / norm if norm else float("inf")
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from captum.attr import NeuronDeconvolution
 from torch import Tensor, nn
 
 import conelens
@@ -131,6 +130,8 @@ def _without_gradients(run: Callable[[ProjectionInputs], Tensor]) -> Callable[[P
 
 def _captum(inputs: ProjectionInputs) -> Tensor:
     """Captum seeds with one, the deconvnet with the activation; the rest is positively homogeneous."""
+    from captum.attr import NeuronDeconvolution
+
     method = NeuronDeconvolution(inputs.truncated, inputs.truncated[-1])
     unit = tuple(int(part) for part in inputs.units)
     with warnings.catch_warnings():

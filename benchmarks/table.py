@@ -18,10 +18,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "cpu.json"
 TABLE = HERE / "RESULTS.md"
-KEPT = ("min", "q1", "median", "q3", "rounds")
 REUSED = " reused"
 
 Case = Mapping[str, Any]
@@ -63,8 +64,17 @@ def slim(raw: Mapping[str, Any]) -> dict[str, Any]:
     cases = {f"{case['section']} | {case['name']}": {**case, "times": {}} for case in raw["cases"]}
     for entry in raw["benchmarks"]:
         info = entry["extra_info"]
-        cases[info["case"]]["times"][info["contender"]] = {key: entry["stats"][key] for key in KEPT}
+        cases[info["case"]]["times"].setdefault(info["contender"], []).extend(entry["stats"]["data"])
+    for case in cases.values():
+        for contender, times in case["times"].items():
+            case["times"][contender] = summary(times, case["positions"].get(contender, 1))
     return {"machine": raw["machine"], "date": raw["datetime"][:10], "cases": list(cases.values())}
+
+
+def summary(seconds: Sequence[float], positions: int) -> dict[str, float]:
+    """Of all rounds of a contender, over all its turns; seconds per position where a call does many."""
+    q1, median, q3 = (float(q) / positions for q in np.quantile(seconds, (0.25, 0.5, 0.75)))
+    return {"min": min(seconds) / positions, "q1": q1, "median": median, "q3": q3, "rounds": len(seconds)}
 
 
 # --- rendering ------------------------------------------------------------------------------------
@@ -94,31 +104,38 @@ def render(results: Mapping[str, Any], statistic: str = "median") -> str:
 
 def _section(cases: Sequence[Case], machine: Mapping[str, Any], statistic: str) -> list[str]:
     others = list(dict.fromkeys(name for case in cases for name in case["others"]))
-    head = ["case", "conelens", "spread", *others, "against the strongest", "share of limit", "target"]
+    facts = list(dict.fromkeys(name for case in cases for name in case["facts"]))
+    facts += ["error"] if any(case["errors"] for case in cases) else []
+    head = ["case", "conelens", "spread", *others, "against the strongest", "share of limit", *facts, "target"]
     rows = [head, ["---"] * len(head)]
     notes = []
     for case in cases:
-        rows += [_row(case, name, others, machine, statistic) for name in case["ours"]]
+        rows += [_row(case, name, others, facts, machine, statistic) for name in case["ours"]]
         notes += [f"{case['name']}: {case['note']}."] if case["note"] else []
         notes += [f"{case['name']}: **RED**, {name}: {why}." for name, why in case["red"].items()]
         notes += [f"{case['name']}: no {name}: {why}." for name, why in case["unavailable"].items()]
     return ["| " + " | ".join(row) + " |" for row in rows] + (["", *(f"- {note}" for note in notes)] if notes else [])
 
 
-def _row(case: Case, name: str, others: Sequence[str], machine: Mapping[str, Any], statistic: str) -> list[str]:
+def _row(
+    case: Case, name: str, others: Sequence[str], facts: Sequence[str], machine: Mapping[str, Any], statistic: str
+) -> list[str]:
     title = case["name"] if name == "conelens" else f"{case['name']}, {name}"
     times = {contender: stats[statistic] for contender, stats in case["times"].items()}
     if case["red"] or name not in times:
-        return [title, "RED" if case["red"] else "-", *["-"] * (len(others) + 4)]
+        return [title, "RED" if case["red"] else "-", *["-"] * (len(others) + len(facts) + 4)]
     ours = times[name]
     spread = case["times"][name]
+    show = rate if case["positions"] else duration
+    known = {**case["facts"], "error": f"{case['errors'][name]:.0e}" if name in case["errors"] else "-"}
     return [
         title,
-        f"**{duration(ours)}**",
-        f"{duration(spread['q1'])} to {duration(spread['q3'])}",
-        *(duration(times[other]) if other in times else "-" for other in others),
+        f"**{show(ours)}**",
+        f"{show(spread['q1'])} to {show(spread['q3'])}",
+        *(show(times[other]) if other in times else "-" for other in others),
         _ratio(ours, rivals(case, name, times)),
         _share(case, ours, machine),
+        *(known.get(fact, "-") for fact in facts),
         "; ".join(verdict(target, case, times, machine) for target in case["targets"] if target["row"] == name),
     ]
 
@@ -175,6 +192,11 @@ def duration(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds / 1e-6:.3g} µs"
+
+
+def rate(seconds: float) -> str:
+    """Of seconds per position."""
+    return f"{1 / seconds:.3g}/s"
 
 
 # --- the command ----------------------------------------------------------------------------------

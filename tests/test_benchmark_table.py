@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import sys
 import time
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import table
+import conelens
+from benchmarks import occlusion, table, test_speed
 from benchmarks.cases import Case, Floor, Unavailable, check, compiled, deadline, disagreement
-from benchmarks.table import render, slim
+from benchmarks.table import render, slim, summary
 from conelens import ops
 
 MACHINE = {
@@ -37,6 +40,9 @@ def example() -> dict[str, Any]:
             {"row": "NCHW reused", "at_least": 0.6, "against": []},
         ],
         "note": "",
+        "positions": {},
+        "facts": {},
+        "errors": {},
         "red": {},
         "unavailable": {},
         "times": {
@@ -46,6 +52,25 @@ def example() -> dict[str, Any]:
             "torch.compile": stats(2e-3),
             "eager reused": stats(1e-4),
         },
+    }
+    return {"machine": MACHINE, "date": "2026-01-01", "cases": [case]}
+
+
+def sweep_example() -> dict[str, Any]:
+    case = {
+        "section": "sweeps",
+        "name": "net",
+        "ours": ["delta", "gather"],
+        "others": ["plain 1", "plain 8", "Captum"],
+        "floor": {"kind": "flops", "amount": 1e8},
+        "targets": [{"row": "delta", "at_least": 3, "against": ["plain 1", "plain 8"]}],
+        "note": "",
+        "positions": {"delta": 100, "gather": 100, "plain 1": 8, "plain 8": 8, "Captum": 65},
+        "facts": {"MAC limits": "gather 3x, delta 5x"},
+        "errors": {"delta": 4e-7, "gather": 2e-7},
+        "red": {},
+        "unavailable": {"Captum": "ModuleNotFoundError: No module named 'captum'"},
+        "times": {"delta": stats(2e-3), "gather": stats(4e-3), "plain 1": stats(1e-2), "plain 8": stats(8e-3)},
     }
     return {"machine": MACHINE, "date": "2026-01-01", "cases": [case]}
 
@@ -111,6 +136,28 @@ def test_target_against_something_unmeasured_has_no_verdict() -> None:
     assert row(render(results), "small, NCHW")["target"] == ">= 4x eager: not measured"
 
 
+def test_sweeps_show_positions_per_second_limits_and_errors() -> None:
+    text = render(sweep_example())
+    cells = row(text, "net, delta")
+    assert cells["conelens"] == "**500/s**"
+    assert cells["plain 8"] == "125/s"
+    assert cells["Captum"] == "-" and "no Captum: ModuleNotFoundError" in text
+    assert cells["against the strongest"] == "4x (plain 8)"
+    assert cells["share of limit"] == "50% of matrix"
+    assert cells["MAC limits"] == "gather 3x, delta 5x"
+    assert cells["error"] == "4e-07"
+    assert cells["target"] == ">= 3x plain: 4x, met"
+    assert row(text, "net, gather")["against the strongest"] == "2x (plain 8)"
+
+
+def test_sweep_that_was_timed_and_wrong_shows_no_speed() -> None:
+    results = sweep_example()
+    results["cases"][0]["red"] = {"delta": "result 0 differs by 1.0e-04"}
+    cells = row(render(results), "net, delta")
+    assert cells["conelens"] == "RED"
+    assert set(cells.values()) == {"net, delta", "RED", "-"}
+
+
 def test_kept_results_name_no_host() -> None:
     case = {key: value for key, value in example()["cases"][0].items() if key != "times"}
     raw = {
@@ -123,13 +170,29 @@ def test_kept_results_name_no_host() -> None:
             {
                 "fullname": "/secret/path",
                 "extra_info": {"case": "pool | small", "contender": "eager"},
-                "stats": {**stats(1.0), "data": [1.0] * 3},
+                "stats": {"data": [1.0] * 3},
             }
         ],
     }
     kept = slim(copy.deepcopy(raw))
     assert "secret" not in str(kept)
-    assert kept["cases"][0]["times"] == {"eager": stats(1.0)}
+    assert kept["cases"][0]["times"] == {"eager": summary([1.0] * 3, 1)}
+
+
+def test_turns_of_a_contender_are_one_sample_per_position() -> None:
+    case = {key: value for key, value in sweep_example()["cases"][0].items() if key != "times"}
+    turns = [("plain 8", [4.0, 8.0]), ("delta", [200.0]), ("plain 8", [16.0])]
+    raw = {
+        "datetime": "2026-01-01T00:00:00",
+        "machine": MACHINE,
+        "cases": [case],
+        "benchmarks": [
+            {"extra_info": {"case": "sweeps | net", "contender": name}, "stats": {"data": data}} for name, data in turns
+        ],
+    }
+    times = slim(raw)["cases"][0]["times"]
+    assert times["delta"] == {"min": 2.0, "q1": 2.0, "median": 2.0, "q3": 2.0, "rounds": 1}
+    assert times["plain 8"] == {"min": 0.5, "q1": 0.75, "median": 1.0, "q3": 1.5, "rounds": 3}
 
 
 def test_partial_runs_keep_nothing(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,3 +270,88 @@ def test_compilation_that_fails_or_hangs_is_unavailable() -> None:
         compiled(wrong)(torch.ones(1))
     with pytest.raises(TimeoutError), deadline(0.05):
         time.sleep(5)
+
+
+# --- occlusion sweeps -----------------------------------------------------------------------------
+
+
+def sweeps(stride: int = 4) -> Case:
+    """A tiny network on 32x48 pixels: 5x9 windows."""
+
+    def model() -> torch.nn.Module:
+        torch.manual_seed(0)
+        layers = [torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2), torch.nn.Conv2d(4, 5, 3)]
+        return torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+
+    image = torch.randn(1, 3, 32, 48, generator=torch.Generator().manual_seed(1))
+    return occlusion.sweep_case("tiny", occlusion.Work(model, stride, 1.0, batch=8), image)
+
+
+def without_compilation(case: Case) -> Case:
+    return dataclasses.replace(case, others={name: run for name, run in case.others.items() if name != "torch.compile"})
+
+
+def test_contenders_of_a_sweep_agree_on_the_same_positions() -> None:
+    case = without_compilation(sweeps())
+    verdicts = check(case, case.check_inputs())
+    assert verdicts.red == {} and verdicts.unavailable == {}
+
+    def shifted(inputs: occlusion.SweepInputs) -> torch.Tensor:
+        return case.ours["delta"](dataclasses.replace(inputs, image=inputs.image + 1e-3))
+
+    wrong = dataclasses.replace(case, ours={"delta": shifted})
+    assert "relative 2-norm" in check(wrong, case.check_inputs()).red["delta"]
+
+
+@pytest.mark.parametrize("form", ["delta", "gather"])
+def test_timed_sweep_is_compared_at_a_sample_of_its_own_positions(form: str) -> None:
+    case = sweeps()
+    inputs = case.inputs()
+    facts: dict[str, Any] = {"errors": {}, "red": {}}
+    result = case.ours[form](inputs)
+    test_speed.compare(case, form, inputs, result, facts)
+    assert inputs.units.shape == (32, 3) and len({tuple(unit) for unit in inputs.units}) == 32
+    assert facts["red"] == {} and 0 <= facts["errors"][form] < 1e-6
+    _, row, column = inputs.units[7]
+    result.outputs[0, row, column] += 1e-2
+    with pytest.raises(pytest.fail.Exception, match="timed, and wrong"):
+        test_speed.compare(case, form, inputs, result, facts)
+    assert "relative 2-norm" in facts["red"][form]
+
+
+def test_positions_counted_are_positions_run() -> None:
+    case = without_compilation(sweeps(stride=2))  # 9x17 windows
+    inputs = case.inputs()
+    seen: list[int] = []
+    for model in (inputs.model, inputs.model_last):
+        model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    for name, run in case.others.items():
+        seen.clear()
+        run(inputs)
+        assert sum(seen) == case.positions[name], name
+        assert name == "Captum" or set(seen) == {int(name.rpartition(" ")[2])}
+    for name, run in case.ours.items():
+        assert run(inputs).done.numel() == case.positions[name]
+
+
+def test_a_missing_captum_loses_its_column_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "captum.attr", None)
+    case = without_compilation(sweeps())
+    verdicts = check(case, case.check_inputs())
+    assert verdicts.red == {} and list(verdicts.unavailable) == ["Captum"]
+
+
+def test_plain_takes_turns_around_ours() -> None:
+    case = sweeps()
+    assert set(case.schedule) == set(case.contenders)
+    for name in case.targets[0].against:
+        turns = [at for at, turn in enumerate(case.schedule) if turn == name]
+        assert turns[0] < case.schedule.index("delta") < turns[-1]
+
+
+def test_limit_of_squeezenet_is_what_is_promised() -> None:
+    work = occlusion.WORK["SqueezeNet 1.1"]
+    network = conelens.trace(work.model(), (3, 224, 224), policy="clamp")
+    plan = conelens.plan_occlusion(network, occlusion.WINDOW, work.stride)
+    assert work.promised == pytest.approx(plan.factors["gather"], abs=5e-3)
+    assert plan.form == occlusion.DEFAULT
