@@ -25,6 +25,8 @@ def main() -> None:
                     place = torch.tensor([[-2, 3], [30, 0], [5, 5]], device="cuda")
                     ops.gather_windows(x[:1], x[:1].expand(3, -1, -1, -1)[..., 1:4], place, place - 1, (8, 9), fill=1)
                     ops.gather_windows(x[:1], x[:1].expand(3, -1, -1, -1), place, place - 1, 8, add=True)
+                    ops.relu_change(x[:1].expand(3, -1, -1, -1)[..., 1:4], x[:1], place)
+                    ops.relu_change(x[:1].expand(3, -1, -1, -1), x[:1], place)
                     weight = torch.randn(16, 3, 3, 3, device="cuda", dtype=dtype)
                     ops.deconv2d(x, weight, padding=1)
     torch.cuda.synchronize()

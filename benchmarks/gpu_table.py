@@ -127,6 +127,31 @@ def windows(machine: Machine) -> Iterator[Row]:
         yield windows_row(machine, base, patch, label)
 
 
+def five_passes(change: Tensor, base: Tensor, origin: Tensor) -> Tensor:
+    clean = ops.gather_windows(base, None, None, origin, tuple(change.shape[2:]))
+    below = (-clean).clamp_max_(0)
+    return torch.maximum(clean.clamp_max_(0).add_(change), below)
+
+
+def relu_row(machine: Machine, base: Tensor, change: Tensor, label: str) -> Row:
+    origin = torch.randint(0, base.shape[2] - change.shape[2] + 1, (len(change), 2), device="cuda")
+    out = ops.relu_change(change, base, origin)
+    return compare(
+        Row("relu", f"relu {label}", floor=3 * out.nbytes / machine.copy),
+        {"ours": lambda: ops.relu_change(change, base, origin, out=out)},
+        {"eager": lambda: five_passes(change, base, origin)},
+        0,
+    )
+
+
+def relus(machine: Machine) -> Iterator[Row]:
+    shapes = ((512, 512, 28, 10), (512, 64, 112, 18))
+    for (units, channels, size, side), dtype, layout in itertools.product(shapes, (BF16, torch.float32), (CL, NCHW)):
+        base, change = (random(s, dtype, layout) for s in ((1, channels, size, size), (units, channels, side, side)))
+        label = f"{units} of {channels}x{side}x{side} over {size} {str(dtype)[6:]} {layout_name(layout)}"
+        yield relu_row(machine, base, change, label)
+
+
 # --- filters ------------------------------------------------------------------------------------------------
 
 
@@ -197,7 +222,7 @@ def chains(machine: Machine) -> Iterator[Row]:
         yield chain_row(machine, name, channels, side, dtype)
 
 
-SECTIONS = (pixels, chains, gpu_projections.topdown, gpu_projections.from_pixels, pools, peaks, windows)
+SECTIONS = (pixels, chains, gpu_projections.topdown, gpu_projections.from_pixels, pools, peaks, windows, relus)
 
 
 def main() -> int:

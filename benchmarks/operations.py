@@ -404,6 +404,67 @@ def windows_case(label: str, units: int, channels: int, size: int, patch_side: i
     )
 
 
+@dataclass
+class ChangeInputs:
+    change: Tensor  # a slice of a larger map, as a convolution's cropped result is
+    base: Tensor
+    origin: Tensor
+    out: Tensor
+    last: ChangeInputs | None = None  # the same in channels_last
+
+
+def _change_inputs(units: int, channels: int, size: int, side: int) -> ChangeInputs:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn((1, channels, size, size), generator=generator)
+    large = torch.randn((units, channels, side + 2, side + 2), generator=generator)
+    origin = torch.randint(0, size - side + 1, (units, 2), generator=generator)
+    out = torch.empty(units, channels, side, side)
+    tensors = [(t, t.to(memory_format=CL)) for t in (large, base, out)]
+    first, last = (ChangeInputs(large[:, :, 1:-1, 1:-1], base, origin, out) for large, base, out in zip(*tensors))
+    first.last = last
+    return first
+
+
+def _relu_change(inputs: ChangeInputs, out: Tensor | None = None) -> Tensor:
+    return ops.relu_change(inputs.change, inputs.base, inputs.origin, out=out)
+
+
+def _five_passes(inputs: ChangeInputs) -> Tensor:
+    """The windows below, then one operation of torch after the other."""
+    clean = ops.gather_windows(inputs.base, None, None, inputs.origin, tuple(inputs.change.shape[2:]))
+    below = (-clean).clamp_max_(0)
+    return torch.maximum(clean.clamp_max_(0).add_(inputs.change), below)
+
+
+def _indexed_change(change: Tensor, base: Tensor, origin: Tensor) -> Tensor:
+    (y, _), (x, _) = (_cells(origin[:, a], change.shape[2 + a], base.shape[2 + a]) for a in (0, 1))
+    clean = base[0].permute(1, 2, 0)[y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
+    return torch.maximum(clean.clamp_max(0) + change, -clean.clamp_min(0))
+
+
+def changes_case(label: str, units: int, channels: int, size: int, side: int) -> Case:
+    compiled_change = compiled(_indexed_change)
+    return Case(
+        section="changes through a ReLU over a cached map",
+        name=f"{label}: {units} of {[channels, side, side]} from {size}x{size}",
+        inputs=lambda: _change_inputs(units, channels, size, side),
+        ours={
+            "NCHW": _relu_change,
+            "NCHW reused": lambda i: _relu_change(i, i.out),
+            "channels_last": lambda i: _relu_change(i.last),
+            "channels_last reused": lambda i: _relu_change(i.last, i.last.out),
+        },
+        others={
+            "five passes NCHW": _five_passes,
+            "five passes channels_last": lambda i: _five_passes(i.last),
+            "torch.compile": lambda i: compiled_change(i.last.change, i.last.base, i.last.origin),
+        },
+        read=lambda _, result: (result,),
+        floor=lambda _: Floor("bytes", 12.0 * units * channels * side**2),
+        targets=(Target("channels_last", 2.0, ("five passes channels_last", "torch.compile")),),
+    )
+
+
 def cases() -> list[Case]:
     vgg = (("conv1_2", 64, 224), ("conv2_2", 128, 112), ("conv3_3", 256, 56), ("conv4_3", 512, 28))
     deconv = [deconv_case(f"{n} {c}->{c} at {s}", b, c, c, s, True) for n, c, s in vgg for b in (1, 8)]
@@ -417,4 +478,5 @@ def cases() -> list[Case]:
         windows_case("conv4_2", 32, 512, 28, 10),
         windows_case("conv3_2", 128, 256, 56, 16),
         windows_case("pixels", 256, 3, 224, 16),
+        changes_case("conv3_2", 128, 256, 56, 16),
     ]

@@ -9,6 +9,7 @@
 #include "gather_windows.h"
 #include "max_pool2d_with_switches.h"
 #include "max_unpool2d.h"
+#include "relu_change.h"
 #include "types.h"
 
 #ifdef __cplusplus
@@ -23,6 +24,7 @@ CONELENS_API int conelens_gather_windows_cpu(const conelens_gather_windows_param
 CONELENS_API int conelens_max_pool2d_with_switches_cpu(const conelens_max_pool2d_params* params, int threads);
 CONELENS_API int conelens_max_unpool2d_cpu(const conelens_max_unpool2d_params* params, int threads);
 CONELENS_API int conelens_max_unpool2d_backward_cpu(const conelens_max_unpool2d_params* params, int threads);
+CONELENS_API int conelens_relu_change_cpu(const conelens_relu_change_params* params, int threads);
 
 CONELENS_API int conelens_channel_peaks_cuda(const conelens_channel_peaks_params* params, void* stream);
 /* few output channels, 16-bit floats, channels_last, stride 1, no pool; else CONELENS_UNSUPPORTED_LAYOUT or
@@ -34,6 +36,7 @@ CONELENS_API int conelens_max_pool2d_with_switches_cuda(const conelens_max_pool2
 CONELENS_API int conelens_max_unpool2d_cuda(const conelens_max_unpool2d_params* params, void* stream);
 CONELENS_API int conelens_max_unpool2d_backward_cuda(const conelens_max_unpool2d_params* params,
                                                      void* stream);
+CONELENS_API int conelens_relu_change_cuda(const conelens_relu_change_params* params, void* stream);
 
 #ifdef __cplusplus
 }

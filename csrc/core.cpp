@@ -12,6 +12,7 @@
 #include "isa.h"
 #include "max_pool2d_with_switches/bind.h"
 #include "max_unpool2d/bind.h"
+#include "relu_change/bind.h"
 
 namespace conelens {
 namespace {
@@ -59,4 +60,5 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   register_gather_windows<Cpu>(m, conelens_gather_windows_cpu);
   register_max_pool2d_with_switches<Cpu>(m, conelens_max_pool2d_with_switches_cpu);
   register_max_unpool2d<Cpu>(m, conelens_max_unpool2d_cpu, conelens_max_unpool2d_backward_cpu);
+  register_relu_change<Cpu>(m, conelens_relu_change_cpu);
 }

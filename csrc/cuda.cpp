@@ -9,6 +9,7 @@
 #include "gather_windows/bind.h"
 #include "max_pool2d_with_switches/bind.h"
 #include "max_unpool2d/bind.h"
+#include "relu_change/bind.h"
 
 namespace conelens {
 
@@ -74,4 +75,5 @@ PYBIND11_MODULE(_cuda, m, pybind11::mod_gil_not_used()) {
   register_gather_windows<Cuda>(m, conelens_gather_windows_cuda);
   register_max_pool2d_with_switches<Cuda>(m, conelens_max_pool2d_with_switches_cuda);
   register_max_unpool2d<Cuda>(m, conelens_max_unpool2d_cuda, conelens_max_unpool2d_backward_cuda);
+  register_relu_change<Cuda>(m, conelens_relu_change_cuda);
 }

@@ -42,6 +42,7 @@ CONELENS_CPU_LAUNCHER(gather_windows, conelens_gather_windows_params)
 CONELENS_CPU_LAUNCHER(max_pool2d_with_switches, conelens_max_pool2d_params)
 CONELENS_CPU_LAUNCHER(max_unpool2d, conelens_max_unpool2d_params)
 CONELENS_CPU_LAUNCHER(max_unpool2d_backward, conelens_max_unpool2d_params)
+CONELENS_CPU_LAUNCHER(relu_change, conelens_relu_change_params)
 
 extern "C" const char* conelens_error_string(int code) {
   switch (code) {

@@ -63,7 +63,8 @@ CONELENS_HD Axis axis(const conelens_gather_windows_params& p, int64_t unit, int
 }
 
 /* The sample of base that a unit reads, or -1: there is none. */
-CONELENS_HD int64_t sample(const conelens_gather_windows_params& p, int64_t unit) {
+template <class Params>
+CONELENS_HD int64_t sample(const Params& p, int64_t unit) {
   const int64_t row = p.rows ? load_integer(p.rows, unit, p.rows_bytes) : (p.samples == 1 ? 0 : unit);
   return row >= 0 && row < p.samples ? row : -1;
 }

@@ -94,9 +94,3 @@ def gather_windows_backward(
     flat = flat.index_put((target,), wide.permute(0, 2, 3, 1), accumulate=True)
     grad_base = flat[:-1].reshape(base_shape[0], height, width, channels).permute(0, 3, 1, 2)
     return grad_base.to(grad.dtype), grad_patch
-
-
-def first_invalid_row(rows: Tensor, samples: int) -> int | None:
-    """Index of the first row outside [0, samples)."""
-    wrong = ((rows < 0) | (rows >= samples)).nonzero()
-    return int(wrong[0]) if len(wrong) else None

@@ -35,6 +35,10 @@ WANTED = {
         r"unpool_strips<(Half|BFloat16), 4, [23], false": {"LDG.64", "STG.128"},
         r"unpool_strips<float, 2, [23], false": {"LDG.64", "STG.128"},
     },
+    "relu_change": {
+        r"change_(channels|columns)<(double, 2|float, 4|Half, 8|BFloat16, 8)": {"LDG.128", "STG.128"},
+        r"change_columns<(float, 2|Half, 4|BFloat16, 4)": {"LDG.64", "STG.64"},
+    },
 }
 
 

@@ -19,6 +19,7 @@ from conelens.kernels.deconv2d import reference as deconv_reference
 from conelens.kernels.gather_windows import reference as gather_reference
 from conelens.kernels.max_pool2d_with_switches import reference as pool_reference
 from conelens.kernels.max_unpool2d import reference as unpool_reference
+from conelens.kernels.relu_change import reference as relu_reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 GUARD = 64  # elements
@@ -199,6 +200,28 @@ def test_gather_windows(emulated: ModuleType, dtype: torch.dtype, channels_last:
             assert emulated.gather_windows(base, *(rest or [None]), patch_origin, origin, rows, out, fill, add, 0)
             assert torch.equal(out, wanted), case
             assert torch.equal(guards(out, skew), before), case
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_relu_change(emulated: ModuleType, dtype: torch.dtype, channels_last: bool) -> None:
+    """Places also outside the map, a row that is not there, and in place."""
+    generator = torch.Generator().manual_seed(0)
+    for samples, channels, size, _, window in GATHERS:
+        origin = torch.randint(-9, 13, (7, 2), generator=generator)
+        rows = torch.randint(0, samples + 1, (7,), generator=generator, dtype=torch.int32)
+        for skew in (0, 1):
+            case = f"{samples, channels} {size} {window} skew={skew}"
+            change = values("nan", (7, channels, *window), generator).to(dtype)
+            base = values("nan", (samples, channels, *size), generator).to(dtype)
+            wanted = relu_reference.relu_change(change, base, origin, rows)
+            change, around = guarded(change, channels_last, skew, -777.0)
+            base, _ = guarded(base, channels_last, skew, float("nan"))
+            out, before = guarded(torch.full_like(wanted, 55), channels_last, skew, -777.0)
+            for target, guard in ((out, before), (change, around)):
+                assert emulated.relu_change(change, base, origin, rows, target, 0)
+                torch.testing.assert_close(target, wanted, rtol=0, atol=0, equal_nan=True, msg=case)
+                assert torch.equal(guards(target, skew), guard), case
 
 
 FEW_OUTPUTS = [  # samples, channels in and out, kernel, padding, size of y, windowed, output cells to spare

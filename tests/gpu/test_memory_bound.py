@@ -13,6 +13,7 @@ from conelens.kernels.channel_peaks import reference as peaks_reference
 from conelens.kernels.gather_windows import reference as gather_reference
 from conelens.kernels.max_pool2d_with_switches import reference as pool_reference
 from conelens.kernels.max_unpool2d import reference as unpool_reference
+from conelens.kernels.relu_change import reference as relu_reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -128,6 +129,30 @@ def test_gather_windows(channels: int, dtype: torch.dtype, layout: torch.memory_
             part = ops.gather_windows(*cut, place.cuda(), origin.cuda(), window, rows=rows.cuda(), fill=3.0, add=add)
         assert torch.equal(got.cpu(), wanted)
         assert torch.equal(part.cpu(), wanted[:, 1:])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [3, 64, 72])
+def test_relu_change(channels: int, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    generator = torch.Generator().manual_seed(0)
+    origin = torch.randint(-6, 30, (33, 2), generator=generator)
+    rows = torch.randint(0, 2, (33,), generator=generator)
+    rows[5] = 2  # not there: gives 0, as nobody waits for the device
+    base = noise((2, channels, 28, 30), dtype)
+    base[0, :, 3:9] = float("nan")
+    for window in ((12, 11), (12, 12)):
+        change = noise((33, channels, *window), dtype, 1)
+        wanted = relu_reference.relu_change(change, base, origin, rows)
+        maps = [x.cuda().contiguous(memory_format=layout) for x in (change, base)]
+        cut = [x[:, 1:] for x in maps]  # one element off every alignment
+        places = (origin.cuda(), rows.int().cuda())
+        with ops.use_backend("compiled"):
+            got = ops.relu_change(*maps, places[0], rows=places[1])
+            part = ops.relu_change(*cut, places[0], rows=places[1])
+            ops.relu_change(*maps, places[0], rows=places[1], out=maps[0])
+        for found, expected in ((got, wanted), (part, wanted[:, 1:]), (maps[0], wanted)):
+            torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_other_stream_and_views() -> None:

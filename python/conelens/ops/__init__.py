@@ -10,6 +10,7 @@ from conelens.ops.deconv2d import deconv2d
 from conelens.ops.gather_windows import gather_windows
 from conelens.ops.max_pool2d_with_switches import max_pool2d_with_switches
 from conelens.ops.max_unpool2d import max_unpool2d
+from conelens.ops.relu_change import relu_change
 
 __all__ = [
     "backends",
@@ -18,6 +19,7 @@ __all__ = [
     "gather_windows",
     "max_pool2d_with_switches",
     "max_unpool2d",
+    "relu_change",
     "require_kernels",
     "use_backend",
 ]

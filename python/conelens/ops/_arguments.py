@@ -71,6 +71,25 @@ def check_like(tensor: Tensor, name: str, other: Tensor, other_name: str, *, sha
         raise ArgumentError(f"{name} is on {tensor.device} but {other_name} is on {other.device}; move one of them")
 
 
+def check_integers(tensor: Any, name: str, base: Tensor, *shape: int | None) -> int:
+    """tensor is int32 or int64 of this shape (None: any number of units) on base's device; -> units."""
+    if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.int32, torch.int64) or tensor.dim() != len(shape):
+        got = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ArgumentError(f"{name} must be an int32 or int64 tensor {'[U,2]' if len(shape) == 2 else '[U]'}, got {got}")
+    units = tensor.shape[0]
+    wanted = [units if size is None else size for size in shape]
+    check_like(tensor, name, base, "base", shape=wanted, dtype=tensor.dtype)
+    return units
+
+
+def refuse_missing_row(rows: Tensor, samples: int) -> None:
+    """Name the first row that base does not have, if there is one."""
+    wrong = ((rows < 0) | (rows >= samples)).nonzero()
+    if len(wrong):
+        at = int(wrong[0])
+        raise ArgumentError(f"rows[{at}] is {int(rows[at])}, but base has {samples} samples")
+
+
 def check_outs(outs: Sequence[tuple[str, Any, Sequence[int], torch.dtype]], like: Tensor, like_name: str) -> tuple[Tensor, ...]:
     """Each (name, tensor, shape, dtype) of an `out=` fits; -> the tensors."""
     for name, tensor, shape, dtype in outs:
@@ -107,6 +126,11 @@ def share_memory(a: Tensor, b: Tensor) -> bool:
     if _end(a) <= b.data_ptr() or _end(b) <= a.data_ptr():
         return False
     return bool(np.may_share_memory(np.asarray(_Footprint(a)), np.asarray(_Footprint(b)), max_work=10_000))
+
+
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """Is each cell of one in the place of the same cell of the other?"""
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
 
 
 # --- layouts --------------------------------------------------------------------------------------

@@ -36,6 +36,12 @@ def _plain(x: Any) -> bool:
     return type(x) is Tensor and not x.is_neg()
 
 
+def _unrecorded(first: Tensor, *out: Tensor) -> bool:
+    """Does nobody want to know that a call wrote into ``out``? Tensors of inference mode do not count their versions."""
+    inference = torch.is_inference_mode_enabled() and all(x.is_inference() for x in out)
+    return inference and not _watched() and all(map(_plain, (first, *out)))
+
+
 def _has_memory(x: Any) -> bool:
     return type(x) in (Tensor, Parameter) and x.device.type in ("cpu", "cuda")
 
@@ -49,9 +55,10 @@ class Operator:
         returns: tuple[str, ...],
         implementations: _dispatch.Implementations,
         fake: Callable[..., Outputs],
+        in_place: str | None = None,
     ) -> None:
-        """`arguments` as in a torch schema, `returns` the names of the result tensors."""
-        self.implementations = implementations
+        """`arguments` as in a torch schema, `returns` the names of the results, `in_place` the argument that out= may be."""
+        self.implementations, self._in_place = implementations, in_place
         self.name = implementations.name
         result = "Tensor" if len(returns) == 1 else f"({', '.join(f'Tensor {r}' for r in returns)})"
         writes = ", ".join(f"Tensor({chr(97 + i)}!) out_{r}" for i, r in enumerate(returns))
@@ -81,7 +88,8 @@ class Operator:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             raise ArgumentError(f"{self.name}: out= cannot be differentiated; leave it out, or use torch.no_grad()")
         self._refuse_shared(out, args)
-        self._writing(*args, **dict(zip(self._out_names, out, strict=True)))
+        write = self._run_out if _unrecorded(args[0], *out) else self._writing
+        write(*args, **dict(zip(self._out_names, out, strict=True)))
 
     def _refuse_shared(self, out: tuple[Tensor, ...], args: tuple[Any, ...]) -> None:
         """A kernel would read what it has written. Tensors without memory of their own, as in a compiler, have no say."""
@@ -92,6 +100,8 @@ class Operator:
         named = [(name, x) for name, x in named if _has_memory(x)]
         for i, (name, mine) in enumerate(named):
             for other, x in named[i + 1 :] if name in names else []:
+                if other == self._in_place and _arguments.same_memory(mine, x):
+                    continue
                 if _arguments.share_memory(mine, x):
                     raise ArgumentError(f"{self.name}: {name} shares memory with {other}; give it memory of its own")
 

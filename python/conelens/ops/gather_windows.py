@@ -45,18 +45,18 @@ def gather_windows(
     """
     arguments.check_map(base, "base", DTYPES)
     size = arguments.pair(window_size, "window_size", 1)
-    units = _check_integers(window_origin, "window_origin", base, None, 2)
+    units = arguments.check_integers(window_origin, "window_origin", base, None, 2)
     if (patch is None) != (patch_origin is None):
         raise ArgumentError("patch and patch_origin go together: give both or neither")
     if patch is not None and patch_origin is not None:
         arguments.check_map(patch, "patch", DTYPES)
         shape = (units, base.shape[1], *patch.shape[2:])
         arguments.check_like(patch, "patch", base, "base", shape=shape, dtype=base.dtype)
-        _check_integers(patch_origin, "patch_origin", base, units, 2)
+        arguments.check_integers(patch_origin, "patch_origin", base, units, 2)
     elif add:
         raise ArgumentError("add=True has nothing to add without patch")
     if rows is not None:
-        _check_integers(rows, "rows", base, units)
+        arguments.check_integers(rows, "rows", base, units)
     elif base.shape[0] not in (1, units):
         raise ArgumentError(f"base has {base.shape[0]} samples for {units} windows: rows must say which one each reads")
     if add and not base.dtype.is_floating_point:
@@ -68,17 +68,6 @@ def gather_windows(
     shape = (units, base.shape[1], *size)
     _OPERATOR.into(arguments.check_outs([("out", out, shape, base.dtype)], base, "base"), *args)
     return out
-
-
-def _check_integers(tensor: Any, name: str, base: Tensor, *shape: int | None) -> int:
-    """tensor is int32 or int64 of this shape (None: any number of units) on base's device; -> units."""
-    if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.int32, torch.int64) or tensor.dim() != len(shape):
-        got = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise ArgumentError(f"{name} must be an int32 or int64 tensor {'[U,2]' if len(shape) == 2 else '[U]'}, got {got}")
-    units = tensor.shape[0]
-    wanted = [units if size is None else size for size in shape]
-    arguments.check_like(tensor, name, base, "base", shape=wanted, dtype=tensor.dtype)
-    return units
 
 
 def _check_fill(fill: float, dtype: torch.dtype) -> None:
@@ -103,17 +92,10 @@ def _fake(
     return arguments.empty((window_origin.shape[0], base.shape[1], *window_size), base)
 
 
-def _refuse(rows: Tensor, samples: int) -> None:
-    """Name the first row that base does not have, if there is one."""
-    wrong = reference.first_invalid_row(rows, samples)
-    if wrong is not None:
-        raise ArgumentError(f"rows[{wrong}] is {int(rows[wrong])}, but base has {samples} samples")
-
-
 def _reference(base: Tensor, *args: Any) -> Tensor:
     rows = args[4]
     if rows is not None and rows.device.type == "cpu":  # a CUDA device is not waited for
-        _refuse(rows, base.shape[0])
+        arguments.refuse_missing_row(rows, base.shape[0])
     layout = torch.channels_last if arguments.is_channels_last(base) else torch.contiguous_format
     return reference.gather_windows(base, *args).contiguous(memory_format=layout)
 
@@ -139,7 +121,7 @@ def _compiled(
     module, context = native.module, native.context(base.device)
     valid = module.gather_windows(base, patch, *origins, out, fill, add, context)  # type: ignore[union-attr]
     if not valid and rows is not None:
-        _refuse(rows, base.shape[0])
+        arguments.refuse_missing_row(rows, base.shape[0])
     return out
 
 

@@ -179,6 +179,10 @@ T __ldg(const T* from) {
   return *from;
 }
 template <class T>
+T __ldcs(const T* from) {
+  return __ldg(from);
+}
+template <class T>
 void __stwb(T* to, T value) {
   emulation::expect_aligned(to, "store");
   *to = value;

@@ -5,6 +5,7 @@
 #include "gather_windows/bind.h"
 #include "max_pool2d_with_switches/bind.h"
 #include "max_unpool2d/bind.h"
+#include "relu_change/bind.h"
 
 extern "C" const char* conelens_error_string(int code) {
   return code == CONELENS_OK ? "no error" : "error";
@@ -30,4 +31,5 @@ PYBIND11_MODULE(emulated, m) {
   register_gather_windows<Emulated>(m, conelens_gather_windows_cuda);
   register_max_pool2d_with_switches<Emulated>(m, conelens_max_pool2d_with_switches_cuda);
   register_max_unpool2d<Emulated>(m, conelens_max_unpool2d_cuda, conelens_max_unpool2d_backward_cuda);
+  register_relu_change<Emulated>(m, conelens_relu_change_cuda);
 }
