@@ -6,6 +6,7 @@ They take tensors or any DLPack array (NumPy, CuPy, JAX) and answer in the same 
 from conelens.ops._dispatch import require_kernels, use_backend
 from conelens.ops._register import backends
 from conelens.ops.channel_peaks import channel_peaks
+from conelens.ops.conv2d_windows import conv2d_windows
 from conelens.ops.deconv2d import deconv2d
 from conelens.ops.gather_windows import gather_windows
 from conelens.ops.max_pool2d_with_switches import max_pool2d_with_switches
@@ -15,6 +16,7 @@ from conelens.ops.relu_change import relu_change
 __all__ = [
     "backends",
     "channel_peaks",
+    "conv2d_windows",
     "deconv2d",
     "gather_windows",
     "max_pool2d_with_switches",

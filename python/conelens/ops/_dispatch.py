@@ -2,7 +2,7 @@
 
 An operation's implementations are found by convention:
 
-* ``compiled``: the function named after the operation in ``conelens._core`` (CPU) or ``conelens._cuda`` (CUDA);
+* ``compiled``: the function named after the operation (or ``native``) in ``conelens._core`` (CPU) or ``conelens._cuda`` (CUDA);
 * ``triton``: ``conelens.kernels.<operation>.triton_kernel`` with ``supports(*args) -> reason or None`` and
   ``run(*args, out=None)``, both taking the arguments of the torch.library schema in order;
 * ``reference``: plain PyTorch, always able to run.
@@ -78,6 +78,7 @@ class Implementations:
     compiled: Callable[..., Any]  # (Native, *args, out=None)
     reference: Callable[..., Any]  # (*args)
     order: tuple[str, ...] | Callable[..., tuple[str, ...]] = BACKENDS  # or what the arguments make of it
+    native: str = ""  # the native function behind ``compiled``, where it is another operation's
 
     def candidates(self, args: tuple[Any, ...]) -> tuple[str, ...]:
         """Backends in the order of automatic choice; the reference comes last."""
@@ -92,7 +93,7 @@ class Implementations:
         native = _native.for_device(device.type)
         if native.module is None:
             return native.reason
-        if not hasattr(native.module, self.name):
+        if not hasattr(native.module, self.native or self.name):
             return f"conelens has no compiled {device.type} kernel for {self.name}"
         return None
 
