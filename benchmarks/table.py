@@ -131,7 +131,7 @@ def _row(
     return [
         title,
         f"**{show(ours)}**",
-        f"{show(spread['q1'])} to {show(spread['q3'])}",
+        f"{show(spread['q1'])} to {show(spread['q3'])}" if spread["rounds"] > 1 else "one run",
         *(show(times[other]) if other in times else "-" for other in others),
         _ratio(ours, rivals(case, name, times)),
         _share(case, ours, machine),

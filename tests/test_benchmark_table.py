@@ -70,7 +70,7 @@ def sweep_example() -> dict[str, Any]:
         "errors": {"delta": 4e-7, "gather": 2e-7},
         "red": {},
         "unavailable": {"Captum": "ModuleNotFoundError: No module named 'captum'"},
-        "times": {"delta": stats(2e-3), "gather": stats(4e-3), "plain 1": stats(1e-2), "plain 8": stats(8e-3)},
+        "times": {"delta": {**stats(2e-3), "rounds": 1}, "gather": stats(4e-3), "plain 1": stats(1e-2), "plain 8": stats(8e-3)},
     }
     return {"machine": MACHINE, "date": "2026-01-01", "cases": [case]}
 
@@ -140,6 +140,7 @@ def test_sweeps_show_positions_per_second_limits_and_errors() -> None:
     text = render(sweep_example())
     cells = row(text, "net, delta")
     assert cells["conelens"] == "**500/s**"
+    assert cells["spread"] == "one run"
     assert cells["plain 8"] == "125/s"
     assert cells["Captum"] == "-" and "no Captum: ModuleNotFoundError" in text
     assert cells["against the strongest"] == "4x (plain 8)"
@@ -341,10 +342,11 @@ def test_a_missing_captum_loses_its_column_only(monkeypatch: pytest.MonkeyPatch)
     assert verdicts.red == {} and list(verdicts.unavailable) == ["Captum"]
 
 
-def test_plain_takes_turns_around_ours() -> None:
+def test_the_faster_layout_takes_turns_around_ours() -> None:
     case = sweeps()
     assert set(case.schedule) == set(case.contenders)
-    for name in case.targets[0].against:
+    for name in ("plain channels_last 1", "plain channels_last 8", "plain channels_last 32"):
+        assert name in case.targets[0].against
         turns = [at for at, turn in enumerate(case.schedule) if turn == name]
         assert turns[0] < case.schedule.index("delta") < turns[-1]
 
