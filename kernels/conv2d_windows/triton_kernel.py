@@ -41,7 +41,11 @@ def _taps_within(first, size, TAPS: tl.constexpr, D: tl.constexpr):
     return bits
 
 
-@triton.jit
+# sizes differ from call to call: compiled once for all of them
+_ANY = ["total", "samples", "map_h", "map_w", "patch_h", "patch_w", "out_h", "out_w"]
+
+
+@triton.jit(do_not_specialize=_ANY)
 def conv2d_windows_kernel(
     base_ptr, patch_ptr, w_ptr, bias_ptr, out_ptr, rows_ptr, patch_origin_ptr, window_origin_ptr, total,
     samples, map_h, map_w, patch_h, patch_w, out_h, out_w, c_in, c_out,

@@ -84,6 +84,7 @@ class Turn(NamedTuple):
     passed: bool  # done by a neighbour: a ReLU that only max pools read, an affine map folded into its convolution
     rectifies: bool  # a max pool that rectifies its input
     in_place: bool  # a ReLU that may overwrite a fresh tensor nobody else reads
+    rectified: bool  # the convolution in front of such a ReLU
     narrow: bool  # the convolution of which single units need but their own channel
     last_reads: list[int]  # values that nobody reads afterwards
 
@@ -97,6 +98,7 @@ def schedule(graph: Graph, targets: tuple[int, ...], observed: bool = False) -> 
         passed: set[int] = set()
         rectifying: set[int] = set()
         in_place: set[int] = set()
+        rectified: set[int] = set()
         last_reads: dict[int, list[int]] = {index: [] for index in readers}
         for index, consumers in readers.items():
             if consumers and index not in targets:
@@ -115,11 +117,14 @@ def schedule(graph: Graph, targets: tuple[int, ...], observed: bool = False) -> 
                 fresh = isinstance(graph[source].op, Conv2d) or source in passed
                 if fresh and len(readers[source]) == 1 and source not in targets:
                     in_place.add(index)
+                    rectified.add(source if isinstance(graph[source].op, Conv2d) else graph[source].inputs[0])
         narrow = _narrow(graph, targets, readers)
         return [
-            Turn(i, op, graph[i].inputs, i in passed, i in rectifying, i in in_place, i == narrow, last_reads[i])
+            Turn(
+                i, op, graph[i].inputs, i in passed, i in rectifying, i in in_place, i in rectified, i == narrow, last_reads[i]
+            )
             for i, op in ready.items()
-        ]
+        ]  # fmt: skip
 
     return graph.remember(("schedule", targets, observed), make)
 

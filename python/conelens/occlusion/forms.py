@@ -54,6 +54,9 @@ class Gather:
 
     name = "gather"
 
+    def __init__(self) -> None:
+        self._filters: dict[int, Tensor] = {}
+
     def cached(self, graph: Graph, turns: Sequence[Turn]) -> set[int]:
         nodes: set[int] = set()
         for turn in turns:
@@ -66,18 +69,36 @@ class Gather:
 
     def run(self, turn: Turn, patches: Patches, cache: Patches, batch: Batch) -> Tensor:
         op = turn.op
-        if turn.passed:
+        if turn.passed or turn.in_place:  # such a ReLU changes the same cells as the convolution before it, which rectifies
             return patches[turn.sources[0]]
         whole = batch.whole(turn.node) and all(batch.whole(source) for source in turn.sources)
         reads = [] if whole else [batch.read(turn.node, edge) for edge in range(len(turn.sources))]
         inputs = [patches[source] for source in turn.sources]
+        if isinstance(op, Conv2d) and op.groups == 1 and not whole:
+            return self._convolve(turn, op, inputs[0], reads[0], cache, batch)
         if not whole:
             inputs = [
                 _around(x, cache.get(source), batch, batch.region(source), read, op.outside)
                 for x, source, read in zip(inputs, turn.sources, reads, strict=True)
             ]
         step = None if whole else batch.step(turn.node, reads)
-        return _forward(turn, inputs, step)
+        out = _forward(turn, inputs, step)
+        return torch.relu_(out) if turn.rectified else out
+
+    def _convolve(self, turn: Turn, op: Conv2d, patch: Tensor, read: Place, cache: Patches, batch: Batch) -> Tensor:
+        """One convolution of patches within their surroundings, and the ReLU behind it."""
+        (source,) = turn.sources
+        held, out = batch.region(source), batch.region(turn.node)
+        if same_place(held, read):
+            values = op.apply(patch, op.bias, (0, 0))
+            return torch.relu_(values) if turn.rectified else values
+        if turn.node not in self._filters:  # in the layout of the maps, or every call lays them out anew
+            layout = torch.channels_last if patch.dtype != torch.float64 else torch.contiguous_format
+            self._filters[turn.node] = op.weight.contiguous(memory_format=layout)
+        return ops.conv2d_windows(
+            cache[source], patch, batch.origin(held), batch.origin(read), self._filters[turn.node], op.bias, op.stride,
+            op.dilation, out_size=out.size, rows=batch.image, relu=turn.rectified,
+        )
 
     def full(self, node: int, patch: Tensor, clean: Tensor, batch: Batch) -> Tensor:
         return _around(patch, clean, batch, batch.region(node), _everywhere(batch, node), 0.0)

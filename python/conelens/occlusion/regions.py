@@ -112,8 +112,8 @@ class Batch:
         return Place(low, (sizes[0], sizes[1]))
 
     def origin(self, place: Place) -> Tensor:
-        """``place.low`` [U, 2] as a tensor where the images are."""
-        return torch.from_numpy(place.low).to(self.image.device)
+        """``place.low`` [U, 2] as a tensor where the images are; the GPU is not waited for."""
+        return torch.from_numpy(place.low).to(self.image.device, non_blocking=True)
 
 
 def same_place(a: Place, b: Place) -> bool:
