@@ -140,7 +140,170 @@ class Delta:
         if op.linear:
             return self._linear(turn, inputs, batch)
         if isinstance(op, Rectify):
-            return _rectify(inputs[0], _clean(cache[turn.sources[0]], batch, batch.region(node)))
+            return _rectify(turn, inputs[0], cache[turn.sources[0]], batch)
+        return self._nonlinear(turn, inputs, cache, batch)
+
+    def _linear(self, turn: Turn, inputs: list[Tensor], batch: Batch) -> Tensor:
+        """Changes of the inputs, zero around them, through a linear operator."""
+        op, node = turn.op, turn.node
+        held = [batch.region(source) for source in turn.sources]
+        if isinstance(op, Spatial):
+            return op.change(inputs, batch.step(node, held))
+        if isinstance(op, Flatten):
+            reads = [_everywhere(batch, turn.sources[0])]
+        else:
+            reads = [batch.read(node, edge) for edge in range(len(turn.sources))]
+        inputs = [_zeros_around(x, batch, place, read) for x, place, read in zip(inputs, held, reads, strict=True)]
+        return op.change(inputs, batch.step(node, reads))
+
+    def _connect(self, op: Linear, turn: Turn, change: Tensor, batch: Batch) -> Tensor:
+        """A fully connected layer; on flattened maps cell by cell, where only units that change there take part."""
+        flatten = batch.graph[turn.sources[0]].op
+        if len(change) < CELL_UNITS or not isinstance(flatten, Flatten) or op.weight.nbytes > self._memory:
+            return op.change([change], None)
+        channels, height, width = flatten.shape
+        if turn.node not in self._by_cell:
+            self._by_cell[turn.node] = op.weight.reshape(-1, channels, height, width).permute(2, 3, 0, 1).contiguous()
+            self._memory -= op.weight.nbytes
+        weight = self._by_cell[turn.node]
+        (map_,) = batch.graph[turn.sources[0]].inputs
+        (top, bottom), (left, right) = (batch.changed(map_, axis) for axis in (0, 1))
+        maps = change.reshape(-1, channels, height, width)
+        out = change.new_zeros((len(change), len(op.weight)))
+        for row in range(height):
+            for column in range(width):
+                mine = np.flatnonzero((top <= row) & (row < bottom) & (left <= column) & (column < right))
+                index = torch.from_numpy(mine).to(change.device)
+                out.index_add_(0, index, F.linear(maps[index, :, row, column], weight[row, column]))
+        return out[:, :, None, None]
+
+    def _nonlinear(self, turn: Turn, inputs: list[Tensor], cache: Patches, batch: Batch) -> Tensor:
+        """Values through the operator, minus the clean ones."""
+        node = turn.node
+        whole = batch.whole(node) and all(batch.whole(source) for source in turn.sources)
+        reads = [_everywhere(batch, source) if whole else batch.read(node, edge) for edge, source in enumerate(turn.sources)]
+        values = [
+            ops.gather_windows(
+                cache[source], x, batch.origin(batch.region(source)), batch.origin(read), read.size,
+                rows=batch.image, fill=turn.op.outside, add=True,
+            )
+            for x, source, read in zip(inputs, turn.sources, reads, strict=True)
+        ]  # fmt: skip
+        after = _forward(turn, values, None if whole else batch.step(node, reads))
+        return after - _clean(cache[node], batch, batch.region(node))
+
+    def full(self, node: int, patch: Tensor, clean: Tensor, batch: Batch) -> Tensor:
+        everywhere = _everywhere(batch, node)
+        origins = batch.origin(batch.region(node)), batch.origin(everywhere)
+        return ops.gather_windows(clean, patch, *origins, everywhere.size, rows=batch.image, add=True)
+
+    def seam(self, node: int, patch: Tensor, cache: Patches, batch: Batch) -> Tensor:
+        return _zeros_around(patch, batch, batch.region(node), _everywhere(batch, node))
+
+
+def form_for(form: str, device: str, dtype: torch.dtype, memory: int = 0) -> Form:
+    """The form of this name, or for "auto" the one that runs faster; it may keep ``memory`` bytes to itself.
+
+    Stock convolutions in float32 on CPUs (oneDNN) leave out the taps on padding, and there changes cost less than values.
+    """
+    if form not in ("auto", "delta", "gather"):
+        raise ArgumentError(f"form: got {form!r}, wanted 'auto', 'delta' or 'gather'")
+    return Delta(memory) if form == "delta" or (form == "auto" and device == "cpu" and dtype == torch.float32) else Gather()
+
+
+def _cell_wise(op: Operator) -> bool:
+    """Does every output cell read the one input cell at its place?"""
+    return type(op).reach is Operator.reach
+
+
+def _forward(turn: Turn, inputs: list[Tensor], step: Step | None) -> Tensor:
+    op = turn.op
+    if isinstance(op, MaxPool2d):
+        return op.pool(inputs[0], step is None, relu=turn.rectifies)[0]
+    return op.forward(inputs, step)
+
+
+def _everywhere(batch: Batch, node: int) -> Place:
+    size = batch.graph[node].size
+    return Place(batch.region(node).low * 0, size)
+
+
+def _around(patch: Tensor, clean: Tensor | None, batch: Batch, held: Place, read: Place, outside: float) -> Tensor:
+    """Cells ``read``, out of the patch where it lies, else clean; ``outside`` beyond the map."""
+    if same_place(held, read):
+        return patch
+    assert clean is not None
+    origins = batch.origin(held), batch.origin(read)
+    return ops.gather_windows(clean, patch, *origins, read.size, rows=batch.image, fill=outside)
+
+
+def _zeros_around(patch: Tensor, batch: Batch, held: Place, read: Place) -> Tensor:
+    """Cells ``read`` out of a patch of changes; nothing changes elsewhere."""
+    if same_place(held, read):
+        return patch
+    return ops.gather_windows(patch, None, None, batch.origin(Place(read.low - held.low, read.size)), read.size)
+
+
+def _clean(maps: Tensor, batch: Batch, place: Place) -> Tensor:
+    return ops.gather_windows(maps, None, None, batch.origin(place), place.size, rows=batch.image)
+
+
+def _convolve(self, turn: Turn, op: Conv2d, patch: Tensor, read: Place, cache: Patches, batch: Batch) -> Tensor:
+        """One convolution of patches within their surroundings, and the ReLU behind it."""
+        (source,) = turn.sources
+        held, out = batch.region(source), batch.region(turn.node)
+        if same_place(held, read):
+            values = op.apply(patch, op.bias, (0, 0))
+            return torch.relu_(values) if turn.rectified else values
+        if turn.node not in self._filters:  # in the layout of the maps, or every call lays them out anew
+            layout = torch.channels_last if patch.dtype != torch.float64 else torch.contiguous_format
+            self._filters[turn.node] = op.weight.contiguous(memory_format=layout)
+        return ops.conv2d_windows(
+            cache[source], patch, batch.origin(held), batch.origin(read), self._filters[turn.node], op.bias, op.stride,
+            op.dilation, out_size=out.size, rows=batch.image, relu=turn.rectified,
+        )
+
+    def full(self, node: int, patch: Tensor, clean: Tensor, batch: Batch) -> Tensor:
+        return _around(patch, clean, batch, batch.region(node), _everywhere(batch, node), 0.0)
+
+    def seam(self, node: int, patch: Tensor, cache: Patches, batch: Batch) -> Tensor:
+        return self.full(node, patch, cache[node], batch)
+
+
+class Delta:
+    """Patches of changes. ``memory``: bytes that filters of fully connected layers may take in a second layout, for one sweep."""
+
+    name = "delta"
+
+    def __init__(self, memory: int = 0) -> None:
+        self._memory = memory
+        self._by_cell: dict[int, Tensor] = {}
+
+    def cached(self, graph: Graph, turns: Sequence[Turn]) -> set[int]:
+        nodes: set[int] = set()
+        for turn in turns:
+            if not (turn.passed or turn.op.linear or not turn.sources):
+                nodes.update(turn.sources)
+                if not isinstance(turn.op, Rectify):
+                    nodes.add(turn.node)
+        return nodes
+
+    def entry(self, image: Tensor, filled: Tensor) -> Tensor:
+        return filled - image
+
+    def run(self, turn: Turn, patches: Patches, cache: Patches, batch: Batch) -> Tensor:
+        op, node = turn.op, turn.node
+        inputs = [patches[source] for source in turn.sources]
+        if turn.passed:
+            return inputs[0]
+        if isinstance(op, Conv2d):
+            return _convolve(op, node, inputs[0], batch)
+        if isinstance(op, Linear):
+            return self._connect(op, turn, inputs[0], batch)
+        if op.linear:
+            return self._linear(turn, inputs, batch)
+        if isinstance(op, Rectify):
+            return _rectify(turn, inputs[0], cache[turn.sources[0]], batch)
         return self._nonlinear(turn, inputs, cache, batch)
 
     def _linear(self, turn: Turn, inputs: list[Tensor], batch: Batch) -> Tensor:
