@@ -81,6 +81,19 @@ def test_the_two_meanings_of_strongest_differ_here(classifier: nn.Module, images
     assert not torch.equal(clean.amax((2, 3)).argmax(1), clean.sum((2, 3)).argmax(1)), "the test above tells them apart"
 
 
+@pytest.mark.parametrize("strongest", ["max", "sum"])
+def test_one_map_per_image_is_recorded_in_batches_within_memory(
+    net: conelens.Network, images: Tensor, classifier: nn.Module, strongest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conelens.Network, "forward", lambda *_: pytest.fail("all images ran at once, beside the sweep"))
+    record = record_strongest("3", strongest)
+    active = conelens.occlude(net, images, WINDOW, STRIDE, record=record).recorded("3")
+    clean = activity(classifier, images)
+    ranked = clean.amax((2, 3)) if strongest == "max" else clean.sum((2, 3))
+    assert active.channels.tolist() == ranked.argmax(1, keepdim=True).tolist()
+    assert torch.allclose(active.clean_maxima, clean.amax((2, 3)).gather(1, active.channels))
+
+
 def test_projections_are_of_the_map_here_and_where_it_is_strongest(
     classifier: nn.Module, net: conelens.Network, images: Tensor
 ) -> None:
@@ -156,7 +169,7 @@ def test_mistakes_are_named(net: conelens.Network, images: Tensor, classifier: n
         conelens.zeiler_fergus(net, images, "conv77", WINDOW, STRIDE)
     with pytest.raises(ArgumentError, match="classes 0 to 3"):
         conelens.zeiler_fergus(net, images, "3", WINDOW, STRIDE, label=4)
-    sweep = conelens.occlude(net, images, WINDOW, STRIDE, record=record_strongest(net, images, "3"))
+    sweep = conelens.occlude(net, images, WINDOW, STRIDE, record=record_strongest("3"))
     with pytest.raises(ArgumentError, match="sweep is of 3"):
         panels_of(net, images[:2], sweep, "3", 0.0)
     with pytest.raises(ArgumentError, match="count"):

@@ -92,7 +92,7 @@ class OcclusionJob:
             if kept.complete:
                 return kept
         chosen = self.settings
-        record = record_strongest(self.bench.net, self.images, self.layer, chosen.strongest)
+        record = record_strongest(self.layer, chosen.strongest)
         with console.progress("positions") as report:
             try:
                 sweep = occlude(

@@ -19,7 +19,7 @@ class Record:
 
     name: str
     node: int
-    wanted: Any  # "all", "strongest", or channel numbers
+    wanted: Any  # "all", "strongest", "strongest_max", or channel numbers
     channels: Tensor | None = None
     sums: Tensor | None = None
     maxima: Tensor | None = None
@@ -28,8 +28,8 @@ class Record:
         """With the channels settled and their clean activity, from clean maps [N, C, H, W]."""
         sums, maxima = activity(maps)
         count, channels = sums.shape
-        if self.wanted == "strongest":
-            index = sums.argmax(1, keepdim=True)
+        if self.wanted in ("strongest", "strongest_max"):
+            index = (sums if self.wanted == "strongest" else maxima).argmax(1, keepdim=True)
         elif self.wanted == "all":
             index = torch.arange(channels, device=maps.device).expand(count, channels)
         else:
@@ -73,8 +73,9 @@ def read_records(network: Network | None, record: str | Sequence[str] | Mapping[
 
 def _channels(network: Network, name: str, asked: Any) -> Any:
     if isinstance(asked, str):
-        if asked not in ("all", "strongest"):
-            raise ArgumentError(f"record: got {asked!r} for {name}, wanted channel numbers, 'all' or 'strongest'")
+        if asked not in ("all", "strongest", "strongest_max"):
+            wanted = "channel numbers, 'all', 'strongest' or 'strongest_max'"
+            raise ArgumentError(f"record: got {asked!r} for {name}, wanted {wanted}")
         return asked
     numbers = [asked] if isinstance(asked, int) else [int(k) for k in asked]
     limit = network.node(name).shape[0]

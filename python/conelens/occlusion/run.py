@@ -52,7 +52,8 @@ def occlude(
             images, "mean" (of each image and channel), "blur", or a function of the images.
         border: "flush": the last window ends at the border; "clip": the last window is cut off there (Captum).
         record: layers whose activity is summed and maximised per position: a name, several, or {name: channels}, where channels
-            are numbers, "all", or "strongest" (per image, the channel with the largest summed activity on the clean image).
+            are numbers, "all", "strongest" (per image, the channel with the largest summed activity on the clean image) or
+            "strongest_max" (with the largest maximum).
         form: how: "delta" (changes travel through the network), "gather" (changed regions with their surroundings), "rerun"
             (everything, for every position), or "auto".
         memory: bound in bytes for everything besides the result itself.

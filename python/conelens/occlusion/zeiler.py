@@ -19,7 +19,7 @@ from conelens.occlusion.windows import Windows, fill_images, occluded
 from conelens.peaks import Peak, top_peaks
 from conelens.projection import project
 
-STRONGEST = ("sum", "max")
+STRONGEST = {"sum": "strongest", "max": "strongest_max"}  # as `record` calls them
 
 
 @dataclass(frozen=True)
@@ -113,19 +113,16 @@ def zeiler_fergus(
     """
     if not isinstance(net, Network):
         raise ArgumentError(f"net: got {type(net).__name__}, wanted a traced network; conelens.trace(module, example) makes it")
-    record = record_strongest(net, images, layer, strongest)
+    record = record_strongest(layer, strongest)
     sweep = occlude(net, images, window, stride, fill, border, record=record, form=form, memory=memory, progress=progress)
     return panels_of(net, images, sweep, layer, fill, label=label, strongest=strongest, others=others, count=count)
 
 
-def record_strongest(net: Network, images: Tensor, layer: str, strongest: str = "max") -> Mapping[str, Any]:
-    """What a sweep must ``record`` of ``layer`` so that :func:`panels_of` finds the strongest maps in it."""
+def record_strongest(layer: str, strongest: str = "max") -> Mapping[str, str]:
+    """What a sweep must ``record`` so that :func:`panels_of` finds each image's strongest map of ``layer`` in it."""
     if strongest not in STRONGEST:
         raise ArgumentError(f"strongest: got {strongest!r}, wanted one of {', '.join(STRONGEST)}")
-    if strongest == "sum":
-        return {layer: "strongest"}
-    maps = net.forward(images, [layer])[layer]
-    return {layer: sorted(set(maps.reshape(*maps.shape[:2], -1).amax(2).argmax(1).tolist()))}
+    return {layer: STRONGEST[strongest]}
 
 
 def panels_of(
