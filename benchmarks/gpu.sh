@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # make gpu: build for this machine's GPU, test, check memory accesses, then measure what matters most first.
-# Under nine minutes, no network. Results: $OUT (or benchmarks/results)/gpu.jsonl, a line per measurement as it is made.
+# Under nine minutes, no network. Results: $OUT (or benchmarks/results)/gpu*.jsonl, a line per measurement as it is made.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -38,6 +38,8 @@ else
   echo "== compute-sanitizer is not installed: memory accesses were not checked"
 fi
 
+"$python" -m benchmarks.gpu_occlusion --out "$results/gpu_occlusion.jsonl" --seconds "$(($(left) / 2))" || status=1
+echo "== occlusion sweeps done after ${SECONDS} s"
 "$python" -m benchmarks.gpu_table --out "$results/gpu.jsonl" --seconds "$(left)" || status=1
 timeout "$(($(left) > 5 ? $(left) : 5))" "$python" -m pytest -q -p no:cacheprovider -m "gpu and slow" tests/gpu 2>&1 | tail -3
 echo "== finished after ${SECONDS} s (status $status)"
