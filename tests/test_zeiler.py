@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import conelens
-from conelens.errors import ArgumentError, LayerError
-from conelens.occlusion import panels_of, record_strongest
+from conelens.errors import ArgumentError, LayerError, UnsupportedOperatorError
+from conelens.occlusion import Windows, panels_of, record_strongest
+from conelens.occlusion.windows import fill_images
 
 WINDOW, STRIDE = 6, 5
 
@@ -160,15 +164,67 @@ def test_a_network_without_classes_has_the_other_panels(images: Tensor, classifi
         conelens.zeiler_fergus(trunk, images, "3", WINDOW, STRIDE, label=1)
 
 
-def test_mistakes_are_named(net: conelens.Network, images: Tensor, classifier: nn.Module) -> None:
-    with pytest.raises(ArgumentError, match="strongest"):
-        conelens.zeiler_fergus(net, images, "3", WINDOW, STRIDE, strongest="mean")
-    with pytest.raises(ArgumentError, match=r"conelens\.trace"):
-        conelens.zeiler_fergus(classifier, images, "3", WINDOW, STRIDE)  # type: ignore[arg-type]
-    with pytest.raises(LayerError):
-        conelens.zeiler_fergus(net, images, "conv77", WINDOW, STRIDE)
-    with pytest.raises(ArgumentError, match="classes 0 to 3"):
-        conelens.zeiler_fergus(net, images, "3", WINDOW, STRIDE, label=4)
+def test_the_window_shown_is_the_one_swept_on_a_grid_of_ones_own(net: conelens.Network, images: Tensor) -> None:
+    grid = Windows(np.array([0, 6]), np.array([2, 16]), np.array([0, 4]), np.array([3, 16]), (16, 16))  # grows to the right
+    sweep = conelens.occlude(net, images, grid, fill="blur", record=record_strongest("3"))
+    blurred = fill_images("blur", images, (10, 12))
+    for n, panels in enumerate(panels_of(net, images, sweep, "3", "blur")):
+        inside = torch.zeros(16, 16, dtype=torch.bool)
+        top, left, bottom, right = panels.box()
+        inside[top:bottom, left:right] = True
+        assert torch.equal(panels.occluded, torch.where(inside, blurred[n], images[n]))
+
+
+def test_mistakes_are_named_before_the_sweep(
+    net: conelens.Network, images: Tensor, classifier: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("conelens.occlusion.zeiler.occlude", lambda *_, **__: pytest.fail("swept before it looked"))
+    trunk = conelens.trace(classifier[:4], (3, 16, 16))
+    crowd = torch.zeros(1, 3, 8, 8)
+    cases: list[tuple[conelens.Network, str, dict[str, Any], str]] = [
+        (net, "3", {"strongest": "mean"}, "strongest"),
+        (classifier, "3", {}, r"conelens\.trace"),
+        (net, "conv77", {}, "conv77"),
+        (net, "3", {"label": 4}, "classes 0 to 3"),
+        (net, "3", {"label": [0, -1, 0]}, "classes 0 to 3"),
+        (net, "3", {"label": [0, 1]}, "each of the 3 images"),
+        (net, "3", {"label": 1.0}, "each of the 3 images"),
+        (net, "3", {"label": "duck"}, "each of the 3 images"),
+        (trunk, "3", {"label": 1}, "no classifier"),
+        (net, "3", {"count": -1}, "count"),
+        (net, "3", {"count": 2.5}, "count"),
+        (net, "3", {"others": crowd}, "images: got .*8, 8"),
+        (net, "3", {"others": 5}, "others: got int"),
+    ]
+    for given, layer, options, message in cases:
+        with pytest.raises((ArgumentError, LayerError), match=message):
+            conelens.zeiler_fergus(given, images, layer, WINDOW, STRIDE, **options)
+
+
+def test_a_map_that_cannot_be_projected_is_refused_before_the_sweep(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("conelens.occlusion.zeiler.occlude", lambda *_, **__: pytest.fail("swept before it looked"))
+    net = conelens.trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Hardswish()).eval(), (3, 16, 16))
+    with pytest.raises(UnsupportedOperatorError):
+        conelens.zeiler_fergus(net, images, "1", WINDOW, STRIDE)
+
+
+def test_ctrl_c_while_projecting_keeps_the_finished_sweep(
+    net: conelens.Network, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("conelens.occlusion.zeiler.project", stopped)
+        with pytest.raises(conelens.SweepInterrupted) as caught:
+            conelens.zeiler_fergus(net, images, "3", WINDOW, STRIDE, 0.3)
+    assert caught.value.sweep.complete
+    rows = panels_of(net, images, caught.value.sweep, "3", 0.3)
+    whole = conelens.zeiler_fergus(net, images, "3", WINDOW, STRIDE, 0.3)
+    assert all(torch.equal(a.activity, b.activity) for a, b in zip(rows, whole, strict=True))
+
+
+def test_a_sweep_that_does_not_fit_is_named(net: conelens.Network, images: Tensor) -> None:
     sweep = conelens.occlude(net, images, WINDOW, STRIDE, record=record_strongest("3"))
     with pytest.raises(ArgumentError, match="sweep is of 3"):
         panels_of(net, images[:2], sweep, "3", 0.0)

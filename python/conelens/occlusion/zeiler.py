@@ -12,9 +12,9 @@ from torch import Tensor
 
 from conelens.data import ImageDataset
 from conelens.errors import ArgumentError
-from conelens.network import Network
+from conelens.network import Network, check_projectable
 from conelens.occlusion.run import DEFAULT_MEMORY, occlude
-from conelens.occlusion.sweep import Sweep
+from conelens.occlusion.sweep import Sweep, SweepInterrupted
 from conelens.occlusion.windows import Windows, fill_images, occluded
 from conelens.peaks import Peak, top_peaks
 from conelens.projection import project
@@ -108,14 +108,17 @@ def zeiler_fergus(
         count: how many of them at most.
 
     Raises:
-        SweepInterrupted: on Ctrl-C.
-        ArgumentError, LayerError, UnsupportedOperatorError.
+        SweepInterrupted: on Ctrl-C. ``occlude(..., record=record_strongest(layer, strongest), resume=its sweep)`` finishes that
+            sweep, and :func:`panels_of` reads the figure off it.
+        ArgumentError, LayerError, UnsupportedOperatorError: before the sweep begins.
     """
-    if not isinstance(net, Network):
-        raise ArgumentError(f"net: got {type(net).__name__}, wanted a traced network; conelens.trace(module, example) makes it")
     record = record_strongest(layer, strongest)
+    check_figure(net, images, layer, label, others, count)
     sweep = occlude(net, images, window, stride, fill, border, record=record, form=form, memory=memory, progress=progress)
-    return panels_of(net, images, sweep, layer, fill, label=label, strongest=strongest, others=others, count=count)
+    try:
+        return panels_of(net, images, sweep, layer, fill, label=label, strongest=strongest, others=others, count=count)
+    except KeyboardInterrupt:
+        raise SweepInterrupted(sweep) from None
 
 
 def record_strongest(layer: str, strongest: str = "max") -> Mapping[str, str]:
@@ -123,6 +126,38 @@ def record_strongest(layer: str, strongest: str = "max") -> Mapping[str, str]:
     if strongest not in STRONGEST:
         raise ArgumentError(f"strongest: got {strongest!r}, wanted one of {', '.join(STRONGEST)}")
     return {layer: STRONGEST[strongest]}
+
+
+def check_figure(
+    net: Network, images: Tensor, layer: str, label: Any = None, others: Tensor | ImageDataset | None = None, count: int = 8
+) -> None:
+    """Raise what :func:`panels_of` would raise of these arguments, so that no sweep is made in vain."""
+    if not isinstance(net, Network):
+        raise ArgumentError(f"net: got {type(net).__name__}, wanted a traced network; conelens.trace(module, example) makes it")
+    net.check_images(images)
+    check_projectable(net.graph, net.node(layer).index)
+    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+        raise ArgumentError(f"count: got {count!r}, wanted how many other images to show, 0 or more")
+    if label is not None:
+        _check_label(label, net.graph.output_shapes[0], len(images))
+    if isinstance(others, Tensor):
+        net.check_images(others)
+    elif others is not None and not (hasattr(others, "__len__") and hasattr(others, "__getitem__")):
+        raise ArgumentError(f"others: got {type(others).__name__}, wanted images [K, C, H, W] or a data set of such items")
+
+
+def _check_label(label: Any, output: tuple[int, ...], count: int) -> None:
+    """ArgumentError unless ``label`` is a class, or one for each of ``count`` images, of outputs of shape ``output``."""
+    if len(output) != 1 or output[0] < 2:
+        raise ArgumentError(f"label: got {label!r}, but this network is no classifier; leave label out")
+    try:
+        chosen = torch.as_tensor(label)
+    except (TypeError, ValueError, RuntimeError):
+        chosen = torch.empty(0)
+    if chosen.dtype == torch.bool or chosen.is_floating_point() or chosen.ndim > 1 or chosen.numel() not in (1, count):
+        raise ArgumentError(f"label: got {label!r}, wanted the number of a class, or one for each of the {count} images")
+    if int(chosen.min()) < 0 or int(chosen.max()) >= output[0]:
+        raise ArgumentError(f"label: got {label!r}, this network has classes 0 to {output[0] - 1}")
 
 
 def panels_of(
@@ -138,8 +173,7 @@ def panels_of(
         raise ArgumentError(f"sweep: only {done} of {total} positions are done; finish it with occlude(..., resume=sweep)")
     if len(sweep.clean) != len(images):
         raise ArgumentError(f"images: got {len(images)}, but the sweep is of {len(sweep.clean)}")
-    if count < 0:
-        raise ArgumentError(f"count: got {count}, wanted 0 or more")
+    check_figure(net, images, layer, label, others, count)
     active = sweep.recorded(layer)
     which = (active.clean_sums if strongest == "sum" else active.clean_maxima).argmax(1)
     each = torch.arange(len(images), device=which.device)
@@ -162,8 +196,6 @@ def panels_of(
 def _class_panels(sweep: Sweep, label: Any) -> list[dict[str, Any]]:
     """What concerns classes, per image; empty without a classifier."""
     if sweep.classifier is None:
-        if label is not None:
-            raise ArgumentError(f"label: got {label!r}, but this network is no classifier; leave label out")
         return []
     probability = sweep.probability(label)
     clean = sweep.clean if sweep.classifier == "probabilities" else sweep.clean.softmax(-1)
@@ -177,9 +209,8 @@ def _class_panels(sweep: Sweep, label: Any) -> list[dict[str, Any]]:
 
 def _under(images: Tensor, fill: Any, windows: Windows, places: list[tuple[int, int]]) -> Tensor:
     """Each image with its one window painted over."""
-    size = (int(windows.bottoms[0] - windows.tops[0]), int(windows.rights[0] - windows.lefts[0]))
     units = np.array([(n, *place) for n, place in enumerate(places)])
-    return occluded(images, fill_images(fill, images, size), windows, units)
+    return occluded(images, fill_images(fill, images, windows.largest), windows, units)
 
 
 def _projections(
