@@ -132,6 +132,15 @@ class Spatial(Operator):
         rows, columns = self.matrices(inputs[0], step)
         return torch.matmul(rows, torch.matmul(inputs[0], columns.transpose(-1, -2)))
 
+    def change(self, inputs: Sequence[Tensor], step: Step | None) -> Tensor:
+        """Of one cell from channels side by side, as a mean over the map: one product per unit, without laying out anew."""
+        (x,) = inputs
+        rows, columns = self.matrices(x, step)
+        if rows.shape[-2] * columns.shape[-2] > 1 or x.stride(1) != 1:
+            return self.forward(inputs, step)
+        weights = (rows.transpose(-1, -2) * columns).flatten(-2).expand(len(x), 1, -1)
+        return torch.matmul(weights, x.permute(0, 2, 3, 1).flatten(1, 2)).transpose(1, 2)[..., None]
+
     def topdown(self, signal: Tensor, step: Step) -> list[Tensor | None]:
         rows, columns = self.matrices(signal, step)
         return [torch.matmul(rows.transpose(-1, -2), torch.matmul(signal, columns))]
