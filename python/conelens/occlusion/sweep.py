@@ -17,7 +17,7 @@ from conelens.occlusion.windows import Windows
 FORMAT = "conelens.Sweep 1"
 
 
-@dataclass
+@dataclass(eq=False)
 class Activity:
     """Activity max(0, x) of some channels of one layer, at every position of the sweep and on the clean image.
 
@@ -32,7 +32,7 @@ class Activity:
     clean_maxima: Tensor
 
 
-@dataclass
+@dataclass(eq=False)
 class Sweep:
     """What a network returned for every image under every window.
 
@@ -48,6 +48,14 @@ class Sweep:
     done: Tensor
     activity: dict[str, Activity]
     about: dict[str, Any]
+
+    def __repr__(self) -> str:
+        places = "x".join(map(str, self.windows.shape))
+        recorded = f", recorded {', '.join(self.activity)}" if self.activity else ""
+        return (
+            f"Sweep({len(self.clean)} images, {places} windows, {int(self.done.sum())} of {self.done.numel()} positions done, "
+            f"{self.classifier or 'outputs'} {list(self.clean.shape[1:])}{recorded})"
+        )
 
     @property
     def tops(self) -> np.ndarray:
@@ -219,6 +227,10 @@ class SweepInterrupted(KeyboardInterrupt):
 
 
 def _interpolation(centres: np.ndarray, cells: int) -> np.ndarray:
-    """Weights [cells, len(centres)] of linear interpolation between ``centres``, constant outside them."""
-    unit = np.eye(len(centres))
-    return np.stack([np.interp(np.arange(cells), centres, row) for row in unit], 1)
+    """Weights [cells, len(centres)] of linear interpolation between ``centres``, in any order; constant outside them.
+
+    Windows of one centre stand for their mean.
+    """
+    places, which, sharing = np.unique(centres, return_inverse=True, return_counts=True)
+    weights = np.stack([np.interp(np.arange(cells), places, row) for row in np.eye(len(places))], 1)
+    return weights[:, which] / sharing[which]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,15 +20,34 @@ BORDERS = ("flush", "clip")
 Fill = float | str | Sequence[float] | Tensor | Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Windows:
-    """Window (r, c) covers pixels ``tops[r]:bottoms[r]``, ``lefts[c]:rights[c]``; all int64 arrays, [rows] and [cols]."""
+    """Window (r, c) covers pixels ``tops[r]:bottoms[r]``, ``lefts[c]:rights[c]``; all int64 arrays, [rows] and [cols].
+
+    Made of any sequences of whole numbers, in any order. ArgumentError where a window is empty or reaches outside the image.
+    """
 
     tops: np.ndarray
     bottoms: np.ndarray
     lefts: np.ndarray
     rights: np.ndarray
     image_size: Pair
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "image_size", pair(self.image_size, "image_size"))
+        for axis, (first, last) in enumerate((("tops", "bottoms"), ("lefts", "rights"))):
+            starts, ends = (_whole_numbers(getattr(self, name), name) for name in (first, last))
+            if len(starts) != len(ends):
+                raise ArgumentError(f"{last}: got {len(ends)} of them for {len(starts)} {first}, wanted as many")
+            wrong = np.flatnonzero((starts < 0) | (starts >= ends) | (ends > self.image_size[axis]))
+            if len(wrong):
+                at = wrong[0]
+                raise ArgumentError(
+                    f"{first}, {last}: got a window from {starts[at]} to {ends[at]} (exclusive) on an image of "
+                    f"{self.image_size[axis]} pixels; wanted one that covers some of them and nothing outside"
+                )
+            object.__setattr__(self, first, starts)
+            object.__setattr__(self, last, ends)
 
     @property
     def shape(self) -> Pair:
@@ -76,19 +96,31 @@ def make_windows(image_size: Pair, window: int | Sequence[int], stride: int | Se
     return Windows(*axes[0], *axes[1], image_size)
 
 
+def _whole_numbers(values: Any, name: str) -> np.ndarray:
+    """int64 [n], n >= 1, of the caller's numbers; a copy, so that nobody changes a grid that has been checked."""
+    found = np.array(values)
+    if found.ndim != 1 or not len(found) or found.dtype.kind not in "iu":
+        raise ArgumentError(f"{name}: got {values!r}, wanted a list or array of one whole number of pixels or more")
+    return found.astype(np.int64)
+
+
 def _axis(cells: int, length: int, step: int, border: str) -> tuple[np.ndarray, np.ndarray]:
     starts = np.arange(math.ceil((cells - length) / step) + 1, dtype=np.int64) * step
     if border == "flush":
         starts = np.minimum(starts, cells - length)
+    starts = starts[starts < cells]  # a stride longer than the window may step over all that is left
     return starts, np.minimum(starts + length, cells)
 
 
 def pair(value: int | Sequence[int], name: str) -> Pair:
-    """(height, width) from one positive whole number or two."""
-    both = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
-    if len(both) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in both):
+    """(height, width) from one positive whole number or two, of whatever integer type."""
+    try:
+        both = [operator.index(v) for v in (value if isinstance(value, Sequence) else (value, value)) if v is not True]
+    except TypeError:
+        both = []
+    if len(both) != 2 or min(both) < 1:
         raise ArgumentError(f"{name}: got {value!r}, wanted a positive whole number of pixels or a (height, width) of them")
-    return int(both[0]), int(both[1])
+    return both[0], both[1]
 
 
 def fill_images(fill: Any, images: Tensor, window: Pair) -> Tensor:
@@ -151,9 +183,6 @@ def inside_boxes(boxes: np.ndarray, size: Sequence[int], device: torch.device) -
 
 def occluded(images: Tensor, filled: Tensor, windows: Windows, units: np.ndarray) -> Tensor:
     """Occluded copies [U, C, H, W] for ``units`` [U, 3] of (image, row, column)."""
-    rows, columns = windows.covers()
-    device = images.device
-    image = torch.from_numpy(units[:, 0]).to(device)
-    y = torch.from_numpy(rows[units[:, 1]]).to(device)
-    x = torch.from_numpy(columns[units[:, 2]]).to(device)
-    return torch.where((y[:, None, :, None] & x[:, None, None, :]), filled[image], images[image])
+    inside = inside_boxes(windows.boxes(units), images.shape[2:], images.device)
+    image = torch.from_numpy(units[:, 0]).to(images.device)
+    return torch.where(inside, filled[image], images[image])

@@ -1,0 +1,101 @@
+"""What a sweep is given: grids, images, fills and settings of every spelling, and what is refused by name."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import conelens
+from conelens.network import Network
+from conelens.occlusion import Windows, make_windows
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(2, 3, 24, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(1)
+    trunk = [nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 5, 3), nn.ReLU()]
+    return nn.Sequential(*trunk, nn.Flatten(), nn.Linear(400, 4)).double().eval()
+
+
+@pytest.fixture
+def net(model: nn.Module) -> Network:
+    return conelens.trace(model, (3, 24, 20))
+
+
+# --- grids -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        (([20], [25], [0], [4]), "tops, bottoms: got a window from 20 to 25"),
+        (([0], [4], [0, 18], [4, 21]), "lefts, rights: got a window from 18 to 21"),
+        (([-1], [4], [0], [4]), "from -1 to 4"),
+        (([4], [4], [0], [4]), "from 4 to 4"),
+        (([0, 1], [4], [0], [4]), "bottoms: got 1 of them for 2 tops"),
+        (([], [], [0], [4]), "tops: got"),
+        (([0], [4], [0.5], [4]), "lefts: got"),
+        (([[0]], [[4]], [0], [4]), "tops: got"),
+    ],
+)
+def test_a_grid_that_does_not_fit_is_refused(grid: tuple[list[int], ...], message: str) -> None:
+    with pytest.raises(conelens.ArgumentError, match=message):
+        Windows(*map(np.array, grid), (24, 20))
+    with pytest.raises(conelens.ArgumentError, match="image_size: got 0"):
+        Windows([0], [4], [0], [4], 0)  # type: ignore[arg-type]
+
+
+def test_a_grid_of_lists_in_any_order(net: Network, images: Tensor) -> None:
+    """The same windows, sorted and not, one of them twice: the same numbers and the same pictures."""
+    order = [2, 0, 1]
+    lefts = np.array([0, 3, 11])
+    sweep = conelens.occlude(net, images, Windows(np.array([0, 7, 15]), np.array([6, 13, 24]), lefts, lefts + 9, (24, 20)))
+    mixed = Windows([15, 0, 7], [24, 6, 13], [11, 0, 3], [20, 9, 12], (24, 20))  # type: ignore[arg-type]
+    for form in ("gather", "delta", "rerun"):
+        other = conelens.occlude(net, images, mixed, form=form)
+        assert torch.allclose(other.outputs, sweep.outputs[:, order][:, :, order], rtol=1e-12, atol=1e-12)
+        assert torch.allclose(other.heatmap(1), sweep.heatmap(1), rtol=1e-10, atol=1e-12)
+        covered = [one.pixel_map(one.drop(1)) for one in (other, sweep)]
+        assert torch.allclose(*covered, rtol=1e-10, atol=1e-12, equal_nan=True)
+    twice = Windows([0, 7, 7, 15], [6, 13, 13, 24], lefts, lefts + 9, (24, 20))  # type: ignore[arg-type]
+    assert torch.allclose(conelens.occlude(net, images, twice).heatmap(1), sweep.heatmap(1), rtol=1e-10, atol=1e-12)
+
+
+def test_a_grid_keeps_its_own_numbers() -> None:
+    tops = np.array([0, 8])
+    windows = Windows(tops, tops + 8, tops, tops + 8, (24, 20))
+    tops[1] = 100
+    assert windows.box(1, 1) == (8, 8, 16, 16)
+    assert windows == windows
+    assert len({windows, Windows(windows.tops, windows.bottoms, windows.lefts, windows.rights, (24, 20))}) == 2
+
+
+def test_a_sweep_prints_in_a_line(net: Network, images: Tensor) -> None:
+    sweep = conelens.occlude(net, images, 8, 8, record="0")
+    assert repr(sweep) == "Sweep(2 images, 3x3 windows, 18 of 18 positions done, logits [4], recorded 0)"
+    assert sweep == sweep
+    assert sweep != conelens.occlude(net, images, 8, 8, record="0")
+
+
+@pytest.mark.parametrize("cells", [24, 25])
+def test_a_stride_longer_than_the_window_leaves_no_empty_window(cells: int) -> None:
+    windows = make_windows((cells, 20), 2, 12, "clip")
+    assert windows.tops.tolist() == [0, 12, 24][: cells - 22]
+    assert (windows.bottoms - windows.tops).tolist() == [2, 2, 1][: cells - 22]
+
+
+@pytest.mark.parametrize("window", [np.int64(8), (np.int32(8), torch.tensor(8)), [8, 8]])
+def test_whole_numbers_of_every_type(window: object) -> None:
+    windows = make_windows((24, 20), window, np.int16(4))  # type: ignore[arg-type]
+    assert windows.largest == (8, 8)
+    assert windows.tops.tolist() == [0, 4, 8, 12, 16]
+    for wrong in (True, (8, True), 8.0, "88", np.array([8, 8]), None, np.int64(0)):
+        with pytest.raises(conelens.ArgumentError, match="window: got"):
+            make_windows((24, 20), wrong, 4)  # type: ignore[arg-type]
