@@ -469,3 +469,43 @@ def test_memory_stays_under_the_bound(form: str, memory: int) -> None:
     run = subprocess.run([sys.executable, "-c", _PEAK, form, str(memory)], capture_output=True, text=True, check=True)
     result = 2 * 27**2 * (1000 + 2 * 384) * 4
     assert int(run.stdout) <= memory + result
+
+
+@pytest.mark.parametrize(("value", "side"), [(1e4, 1), (1e6, 1), (3e3, 4)])
+def test_a_spot_that_outshines_the_image(value: float, side: int) -> None:
+    """Where the window covers it, clean value and change nearly cancel; "auto" does not add such numbers."""
+    torch.manual_seed(0)
+    convolutions = nn.Conv2d(3, 8, 5, 2), nn.ReLU(), nn.Conv2d(8, 8, 3, 2), nn.ReLU()
+    model = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(288, 5)).eval()
+    images = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images[:, :, 10 : 10 + side, 10 : 10 + side] = value
+    sweep = conelens.occlude(model, images, 8, 4)
+    with torch.no_grad():
+        expected = by_hand(model.double(), images.double(), boxes(sweep), torch.tensor(0.0, dtype=torch.float64))
+    each = (sweep.outputs.flatten(1, 2) - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert each.max() < 5e-6
+
+
+def test_a_layer_that_overflows_on_the_clean_image() -> None:
+    class Exponential(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.exp().mean((2, 3))
+
+    images = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    images[:, :, 4, 4] = 100.0
+    model = Exponential().eval()
+    sweep = conelens.occlude(model, images, 8, 4)
+    assert torch.isinf(sweep.clean).all()
+    covered = images.clone()
+    covered[:, :, :8, :8] = 0.0
+    assert relative(sweep.outputs[:, 0, 0], model(covered)) < 5e-6
+    with pytest.raises(conelens.ArgumentError, match="use form='gather'"):
+        conelens.occlude(model, images, 8, 4, form="delta")
+
+
+def test_maps_as_results_stay_within_memory(images: Tensor) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()).double().eval()
+    net = conelens.trace(model, (3, 64, 64))
+    with torch.inference_mode():
+        engine = Incremental(net, images, images, make_windows((64, 64), 8, 4), [], "gather", 2**24)
+    assert engine.tail_units * 2 * 4 * 64 * 64 * 8 <= 2**22

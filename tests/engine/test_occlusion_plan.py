@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import conelens
 from benchmarks.networks import NETWORKS, build
 from conelens.changed import changed_spans
+from conelens.occlusion import make_windows
 from tests.kit.random_graphs import RandomNet
 
 # Whole-network work over Krypton's rule, exact changed outputs and exact changed inputs, for (window, stride) on 224x224.
@@ -115,3 +116,25 @@ def test_nothing_changes_outside_the_spans(seed: int) -> None:
 
 def _maps(values: Tensor, size: tuple[int, int]) -> Tensor:
     return values.reshape(*values.shape[:2], *size)
+
+
+def test_plan_of_a_network_without_weights() -> None:
+    net = conelens.trace(nn.Sequential(nn.MaxPool2d(2), nn.ReLU()), (3, 16, 16))
+    plan = conelens.plan_occlusion(net, 4, 4)
+    assert plan.layers == []
+    assert plan.factors["planned"] == 1.0
+    assert "16 positions" in str(plan)
+
+
+def test_a_grid_of_ones_own() -> None:
+    net = conelens.trace(build("AlexNet"), (3, 224, 224))
+    grid = make_windows((224, 224), 16, 4)
+    assert conelens.plan_occlusion(net, grid).factors == conelens.plan_occlusion(net, 16, 4).factors
+
+
+def test_hundreds_of_positions_are_planned_at_once() -> None:
+    """Merging classes stays far below the cost of the sweep: every position is in one class, whatever the number of them."""
+    net = conelens.trace(build("ResNet-18"), (3, 224, 224))
+    plan = conelens.plan_occlusion(net, 16, 1)
+    assert plan.positions == 209**2
+    assert 1 < plan.classes[0] < 60

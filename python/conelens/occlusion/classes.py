@@ -17,6 +17,9 @@ from conelens.execution import Turn
 from conelens.graph import Graph
 from conelens.operators import Conv2d, Operator
 
+# One of so many classes merges at a time: a few merges at once where there are hundreds, one by one where there are few.
+AT_ONCE = 16
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -85,32 +88,47 @@ def _call_seconds(op: Operator, rates: Rates) -> float:
 
 
 def _merged(groups: list[np.ndarray], layers: list[_Layer], overhead: float) -> list[np.ndarray]:
-    """Greedy: the cheapest merge, as long as it costs less than the calls it saves (``overhead`` MACs per pair of classes)."""
-    alive = list(range(len(groups)))
+    """Greedy: the cheapest merges, as long as each costs less than the calls it saves (``overhead``: MACs of a pair of classes)."""
+    alive = np.arange(len(groups))
     count = np.array([float(len(members)) for members in groups])
-    totals = np.array([float((layer.taps(np.arange(len(groups)), np.arange(len(groups))) * count).sum()) for layer in layers])
+    totals = np.array([float((layer.taps(alive, alive) * count).sum()) for layer in layers])
     weights = np.array([layer.channels for layer in layers])
-    extra = np.full((len(groups), len(groups), len(layers)), np.inf)
+    extra = np.zeros((len(groups), len(groups), len(layers)))
     for i in alive:
-        _compare(extra, layers, count, i, np.array(alive))
+        _compare(extra, layers, count, i, alive)
     while len(alive) > 1:
-        index = np.array(alive)
-        worse = extra[np.ix_(index, index)]
-        cost = (weights * (worse**2 + 2 * worse * totals)).sum(2)
-        cost[np.arange(len(index)), np.arange(len(index))] = np.inf
-        best = int(cost.argmin())
+        worse = extra[np.ix_(alive, alive)]
+        cost = (worse**2) @ weights + worse @ (2 * weights * totals)
+        cost[np.tril_indices(len(alive))] = np.inf
         saved = overhead * (len(alive) ** 2 - (len(alive) - 1) ** 2)
-        if cost.flat[best] >= saved:
+        pairs = _cheapest(cost, saved, max(1, len(alive) // AT_ONCE))
+        if not pairs:
             break
-        i, j = alive[best // len(alive)], alive[best % len(alive)]
-        totals = totals + extra[i, j]
-        groups[i] = np.concatenate([groups[i], groups[j]])
-        for layer in layers:
-            layer.merge(i, j)
-        count[i] += count[j]
-        alive.remove(j)
-        _compare(extra, layers, count, i, np.array(alive))
+        merged = [(alive[a], alive[b]) for a, b in pairs]
+        alive = np.setdiff1d(alive, [j for _, j in merged])
+        for i, j in merged:
+            totals = totals + extra[i, j]
+            groups[i] = np.concatenate([groups[i], groups[j]])
+            for layer in layers:
+                layer.merge(i, j)
+            count[i] += count[j]
+        for i, _ in merged:
+            _compare(extra, layers, count, i, alive)
     return [groups[i] for i in alive]
+
+
+def _cheapest(cost: np.ndarray, limit: float, most: int) -> list[tuple[int, int]]:
+    """Up to ``most`` disjoint pairs of the lowest cost below ``limit``."""
+    pairs: list[tuple[int, int]] = []
+    taken: set[int] = set()
+    for place in np.argsort(cost, axis=None, kind="stable")[: 4 * most]:
+        a, b = divmod(int(place), len(cost))
+        if cost[a, b] >= limit or len(pairs) == most:
+            break
+        if a not in taken and b not in taken:
+            pairs.append((a, b))
+            taken |= {a, b}
+    return pairs
 
 
 def _compare(extra: np.ndarray, layers: list[_Layer], count: np.ndarray, i: int, others: np.ndarray) -> None:

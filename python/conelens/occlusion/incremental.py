@@ -13,6 +13,7 @@ from torch import Tensor
 
 from conelens import ops
 from conelens.changed import AxisClass
+from conelens.errors import ArgumentError
 from conelens.execution import Turn, exact_dtype, forward_whole
 from conelens.network import Network
 from conelens.occlusion.engine import Visited
@@ -25,6 +26,8 @@ from conelens.occlusion.windows import Windows, inside_boxes
 HEAD_BYTES = {"cpu": 2**26, "cuda": 2**33}
 # Positions whose whole maps the tail takes at once: fully connected layers read their weights once for all of them.
 TAIL_UNITS = 4096
+# Changes are not added to maps whose largest cell is this many times the usual one (photographs: up to about 200).
+UNEVEN = 500.0
 
 
 class Incremental:
@@ -39,19 +42,30 @@ class Incremental:
         self.graph = net.graph
         self.output = net.graph.outputs[0]
         self.targets = tuple(sorted({self.output, *(record.node for record in records)}))
-        self.steps = form_for(form, images.device.type, images.dtype, memory // 4)
+        self._plan(form)
+
+    def _plan(self, form: str) -> None:
+        """Regions, and how many images and positions run together, for a form."""
+        self._free = form == "auto"
+        self.steps = form_for(form, self.images.device.type, self.images.dtype, self.memory // 4)
         self.form = self.steps.name
-        self.regions = sweep_regions(net.graph, self.targets, windows, images.device.type, self.form == "delta")
+        self.regions = sweep_regions(self.graph, self.targets, self.windows, self.images.device.type, self.form == "delta")
         turns = [*self.regions.head, *self.regions.tail]
-        self.cached = frozenset(self.steps.cached(net.graph, turns).union(self.targets, self.regions.seam))
-        cells = sum(math.prod(net.graph[index].shape) for index in self.cached)
-        self.group = max(1, min(len(images), memory // (4 * cells * images.element_size())))
+        self.cached = frozenset(self.steps.cached(self.graph, turns).union(self.targets, self.regions.seam))
+        cells = sum(math.prod(self.graph[index].shape) for index in self.cached)
+        self.group = self._share_of_memory(cells, len(self.images))
         self.tail_units = self._share_of_memory(self._tail_cells(), TAIL_UNITS)
 
     def clean(self) -> tuple[Tensor, list[Record]]:
         outputs, records = [], self.records
         for start in range(0, len(self.images), self.group):
             cache = self._cache(start)
+            if self.form == "delta" and any(map(_uneven, [self.part(self.images, start), *cache.values()])):
+                if self._free:
+                    self._plan("gather")
+                    return self.clean()
+                if not all(bool(torch.isfinite(maps).all()) for maps in cache.values()):
+                    raise ArgumentError("form: 'delta' needs finite activations, but a layer overflows; use form='gather'")
             outputs.append(self.net.as_returned(cache[self.output]))
             found = [record.on_clean(cache[record.node]) for record in self.records]
             records = [one.joined(other) for one, other in zip(records, found, strict=True)] if start else found
@@ -77,19 +91,32 @@ class Incremental:
     def head_units(self, classes: tuple[AxisClass, AxisClass]) -> int:
         """How many positions of a pair of classes run together."""
         cells = peak_cells(self.graph, self.regions.head, classes, {*self.regions.seam, *self.targets})
-        cells += max((math.prod(self.graph[record.node].shape) for record in self.records), default=0)
+        cells += 2 * max(math.prod(self.graph[node].shape) for node in self.targets)
         largest = HEAD_BYTES.get(self.images.device.type, HEAD_BYTES["cpu"]) // (cells * self.images.element_size())
         return self._share_of_memory(cells, max(1, largest))
 
     def _tail_cells(self) -> int:
         """Cells per position that wait for the tail, and that it then has alive."""
         regions = self.regions
-        waiting = 2 * sum(math.prod(self.graph[node].shape) for node in regions.seam)
+        early = {self.output} & {turn.node for turn in regions.head}
+        waiting = 2 * sum(math.prod(self.graph[node].shape) for node in early.union(regions.seam))
         return waiting + peak_cells(self.graph, regions.tail, regions.whole(), set(self.targets))
 
     def _share_of_memory(self, cells: int, most: int) -> int:
         """Positions of ``cells`` each that fit a quarter of the memory: cache, head, tail and the form take one each."""
         return max(1, min(most, self.memory // (4 * max(1, cells) * self.images.element_size())))
+
+
+def _uneven(maps: Tensor) -> bool:
+    """Are some cells of maps [B, C, H, W] so much larger than most that changes of them would drown the rest in rounding?
+
+    A result is clean value plus change; where a window covers nearly all there is, both are large and their sum is small.
+    """
+    cells = maps.float().square().mean(1).sqrt().flatten(1)
+    if not bool(torch.isfinite(cells).all()):
+        return True
+    usual = torch.stack([one[one > 0].median() if bool((one > 0).any()) else one.new_zeros(()) for one in cells])
+    return bool((cells.amax(1) > UNEVEN * usual).any())
 
 
 class _Pass:
@@ -120,7 +147,7 @@ class _Pass:
 
     def _images_of(self, units: np.ndarray) -> Tensor:
         """The images of ``units`` within the group, [U]."""
-        return torch.from_numpy(units[:, 0] - self.start).to(self.device)
+        return torch.from_numpy(units[:, 0] - self.start).to(self.device, non_blocking=True)
 
     def _head(self, batch: Batch, units: np.ndarray) -> _Pending:
         """Changed regions up to the seam; what the tail and the results need of them."""

@@ -54,7 +54,7 @@ class SweepPlan:
         schemes = {name: sum(getattr(layer.macs, name) for layer in self.layers) for name in ("krypton", "gather", "delta")} | {
             "planned": sum(layer.planned for layer in self.layers)
         }
-        return {name: full / work for name, work in schemes.items()}
+        return {name: full / work if work else 1.0 for name, work in schemes.items()}
 
     def __str__(self) -> str:
         rows = [["layer", "map", "changed", "scheme", "MMAC full", "MMAC planned", "factor"]]
@@ -63,8 +63,8 @@ class SweepPlan:
             work = layer.macs.full, layer.planned
             factor = work[0] / max(work[1], 1.0)
             rows.append([layer.name, *sizes, layer.scheme, *(f"{macs / 1e6:.1f}" for macs in work), f"{factor:.1f}"])
-        full, planned = (sum(values) / 1e6 for values in zip(*((p.macs.full, p.planned) for p in self.layers), strict=True))
-        rows.append(["sum", "", "", "", f"{full:.1f}", f"{planned:.1f}", f"{full / planned:.2f}"])
+        full, planned = (sum(work) / 1e6 for work in ([p.macs.full for p in self.layers], [p.planned for p in self.layers]))
+        rows.append(["sum", "", "", "", f"{full:.1f}", f"{planned:.1f}", f"{full / max(planned, 1e-6):.2f}"])
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         left = (0, 3)  # words; the rest are numbers
         table = [
@@ -83,19 +83,22 @@ class SweepPlan:
 
 def plan_occlusion(
     net: Network,
-    window: int | Sequence[int] = 16,
+    window: int | Sequence[int] | Windows = 16,
     stride: int | Sequence[int] = 4,
     border: str = "flush",
     *,
     form: str = "auto",
 ) -> SweepPlan:
-    """What :func:`conelens.occlude` will do with these settings; nothing is run.
+    """What :func:`conelens.occlude` will do with these settings for the network's output; nothing is run.
+
+    "auto" may still turn to "gather" when the images are there, where single cells outshine all others.
 
     Raises ArgumentError for a window that does not fit the network's images, or an unknown form.
     """
     if not isinstance(net, Network):
         raise ArgumentError(f"net: got {type(net).__name__}, wanted a network from conelens.trace")
-    windows = make_windows((net.input_shape[1], net.input_shape[2]), window, stride, border)
+    size = (net.input_shape[1], net.input_shape[2])
+    windows = window if isinstance(window, Windows) else make_windows(size, window, stride, border)
     name = form_for(form, net.device.type, net.dtype).name
     regions = sweep_regions(net.graph, (net.graph.outputs[0],), windows, net.device.type, name == "delta")
     macs = sweep_macs(net.graph, regions.order, regions.rows, regions.columns, windows.largest)

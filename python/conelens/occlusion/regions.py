@@ -46,7 +46,15 @@ class SweepRegions:
 
 
 def sweep_regions(graph: Graph, targets: tuple[int, ...], windows: Windows, device: str, delta: bool) -> SweepRegions:
-    """Regions of all ancestors of ``targets`` under ``windows``, with classes for a device ("cpu", "cuda") and a form."""
+    """Regions of all ancestors of ``targets`` under ``windows``, with classes for a device ("cpu", "cuda") and a form.
+
+    Remembered with the graph: on a GPU the algebra takes longer than the sweep.
+    """
+    grid = tuple(edges.tobytes() for edges in (windows.tops, windows.bottoms, windows.lefts, windows.rights))
+    return graph.remember(("regions", targets, grid, device, delta), lambda: _regions(graph, targets, windows, device, delta))
+
+
+def _regions(graph: Graph, targets: tuple[int, ...], windows: Windows, device: str, delta: bool) -> SweepRegions:
     order = graph.ancestors(targets)
     rows = changed_spans(graph, order, 0, windows.tops, windows.bottoms)
     columns = changed_spans(graph, order, 1, windows.lefts, windows.rights)
