@@ -10,9 +10,12 @@ from torch import nn
 
 pytest.importorskip("triton", reason="needs conelens[triton]: the benchmark times with it")
 
+import conelens
 from benchmarks import gpu_measure, gpu_occlusion
 from benchmarks.gpu_measure import CL
 from conelens import ops
+from conelens.occlusion import make_windows
+from conelens.occlusion.regions import sweep_regions
 
 
 def network() -> nn.Module:
@@ -68,3 +71,14 @@ def test_layers_compare_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_script_names_its_files() -> None:
     script = (Path(__file__).parents[1] / "benchmarks" / "gpu.sh").read_text()
     assert "-m benchmarks.gpu_occlusion --out" in script
+
+
+def test_a_second_sweep_does_not_repeat_the_algebra_of_the_first() -> None:
+    net = conelens.trace(network(), (3, 32, 32))
+    first, other = (make_windows((32, 32), 8, stride) for stride in (8, 4))
+    settings = ((net.graph.outputs[0],), first, "cpu", False)
+    regions = sweep_regions(net.graph, *settings)
+    again = (settings[0], make_windows((32, 32), 8, 8), *settings[2:])
+    assert sweep_regions(net.graph, *again) is regions
+    for changed in ((settings[0], other, "cpu", False), (*settings[:3], True)):
+        assert sweep_regions(net.graph, *changed) is not regions
