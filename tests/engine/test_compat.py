@@ -147,6 +147,22 @@ def test_traces_once_and_again_after_a_change(monkeypatch: pytest.MonkeyPatch) -
     assert len(traces) == 6
 
 
+def test_an_edit_that_the_output_hides_and_no_version_counts_is_seen() -> None:
+    torch.manual_seed(7)
+    layers = (nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 4))
+    model = nn.Sequential(*layers, nn.Softmax(1)).eval()  # batch norm is folded at the trace: no weight of its own is read
+    with torch.no_grad():
+        model[5].bias[1] = 15.0  # so sure of one class that nothing shows at the output of the clean images
+    images, call = IMAGES.float(), {"sliding_window_shapes": (3, 9, 9), "strides": (3, 6, 6), "target": 2}
+    ours, theirs = Occlusion(model), captum(model)
+    assert_equal(ours.attribute(images, **call), theirs.attribute(images, **call), 1e-4)
+    model[1].weight.data[2] = 1.5
+    model[1].running_var.data[:2] = model[1].running_var.data[:2].flip(0) * torch.tensor([4.0, 0.25])
+    assert_equal(ours.attribute(images, **call), theirs.attribute(images, **call), 1e-4)
+    model[0].weight.data.mul_(1.01)  # read where it is, but the traces of it must not be trusted blindly either
+    assert_equal(ours.attribute(images, **call), theirs.attribute(images, **call), 1e-4)
+
+
 # --- Captum, where everything runs anew ------------------------------------------------------------------------------------
 
 
