@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -414,21 +415,38 @@ def test_monai_volumes_further_arguments_and_training_mode() -> None:
     ("make", "call", "message"),
     [
         ({"mode": "blur"}, {}, "mode: got 'blur', wanted .*mean_img"),
+        ({"mode": None}, {}, "mode: got None, wanted a finite number"),
+        ({"mode": math.nan}, {}, "mode: got nan"),
+        ({"mode": -math.inf}, {}, "mode: got -inf"),
         ({"overlap": 1}, {}, "overlap: got 1"),
+        ({"overlap": "a"}, {}, "overlap: got 'a', wanted a number"),
         ({"n_batch": 0}, {}, "n_batch: got 0"),
         ({"nn_module": len}, {}, "nn_module: got builtin"),
         ({"mask_size": 22}, {}, r"mask_size: got \(22, 22\), larger than the image"),
         ({"mask_size": (3, 3, 3)}, {}, "mask_size"),
+        ({"mask_size": 2.5}, {}, "mask_size: got 2.5"),
+        ({"mask_size": (3, "a")}, {}, "mask_size: got"),
         ({"nn_module": classifier()[:3]}, {}, r"nn_module: returned \[\d+, 8, "),
         ({}, {"x": IMAGES}, "x: got 2 images, wanted 1"),
         ({}, {"x": ONE.long()}, "x: wanted an image"),
-        ({}, {"b_box": [1, 2]}, "b_box.*wanted 4 numbers"),
+        ({}, {"b_box": [1, 2]}, "b_box.*wanted 4 whole numbers"),
+        ({}, {"b_box": [1, 2.5, 3, 9]}, "b_box.*wanted 4 whole numbers"),
         ({}, {"b_box": [5, 5, 0, 9]}, "b_box: .*empty"),
     ],
 )
 def test_what_monai_would_not_take_is_refused(make: dict[str, Any], call: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         OcclusionSensitivity(**({"nn_module": classifier(), "mode": 0.0, "mask_size": 8} | make))(**({"x": ONE} | call))
+
+
+def test_monai_takes_numbers_and_lists_of_numpy() -> None:
+    model = classifier()
+    wanted = OcclusionSensitivity(model, (5, 6), mode=0.5, overlap=0.25)(ONE, b_box=(2, 15, 1, 20))
+    for mask, mode, overlap in ((np.array([5, 6]), np.float32(0.5), np.float64(0.25)), ([np.int64(5), 6], 0.5, 0.25)):
+        got = OcclusionSensitivity(model, mask, mode=mode, overlap=overlap)(ONE, b_box=np.array([2, 15, 1, 20]))
+        assert torch.equal(got[0], wanted[0])
+    same = (OcclusionSensitivity(model, size, mode=0)(ONE)[0] for size in (np.int64(5), 5))
+    assert torch.equal(next(same), next(same))
 
 
 def test_a_grid_of_ones_own_has_to_fit_the_images() -> None:

@@ -62,12 +62,13 @@ class OcclusionSensitivity:
     ) -> None:
         if not isinstance(nn_module, nn.Module):
             raise ArgumentError(f"nn_module: got {type(nn_module).__name__}, wanted a torch.nn.Module")
-        if isinstance(mode, str) and mode not in MODES:
-            raise ArgumentError(f"mode: got {mode!r}, wanted a number, a function, or one of {', '.join(MODES)}")
-        if not isinstance(n_batch, int) or n_batch < 1:
+        known = mode in MODES if isinstance(mode, str) else callable(mode) or _finite(mode)
+        if not known:
+            raise ArgumentError(f"mode: got {mode!r}, wanted a finite number, a function, or one of {', '.join(MODES)}")
+        if not _whole(n_batch) or n_batch < 1:
             raise ArgumentError(f"n_batch: got {n_batch!r}, wanted a whole number from 1")
-        if not 0 <= overlap < 1:
-            raise ArgumentError(f"overlap: got {overlap!r}, wanted at least 0 and less than 1")
+        if not _finite(overlap) or not 0 <= overlap < 1:
+            raise ArgumentError(f"overlap: got {overlap!r}, wanted a number, at least 0 and less than 1")
         self.nn_module, self.mask_size, self.n_batch, self.verbose = nn_module, mask_size, n_batch, verbose
         self.mode, self.overlap, self.activate = mode, overlap, activate
         self._traced = Traced(nn_module)
@@ -107,8 +108,9 @@ class OcclusionSensitivity:
 
     def _axes(self, size: Sequence[int], box: Sequence[tuple[int, int]]) -> Axes:
         """MONAI's grid on the box and half a mask around it; the last window ends at its border."""
-        mask = [self.mask_size] * len(size) if isinstance(self.mask_size, int) else list(self.mask_size)
-        if len(mask) != len(size) or not all(isinstance(m, int) and m > 0 for m in mask):
+        given: Any = [self.mask_size] * len(size) if _whole(self.mask_size) else self.mask_size
+        mask = [int(m) if _whole(m) else 0 for m in given] if isinstance(given, Sequence | np.ndarray) else []
+        if len(mask) != len(size) or not all(m > 0 for m in mask):
             raise ArgumentError(f"mask_size: got {self.mask_size!r}, wanted a positive number, or {len(size)} of them")
         axes: Axes = []
         for cells, length, (first, end) in zip(size, mask, box):
@@ -124,7 +126,7 @@ class OcclusionSensitivity:
 
     def _network(self, x: Tensor, kwargs: dict[str, Any]) -> tuple[Network | None, str]:
         """The traced module, or None and why it cannot be used."""
-        if not isinstance(self.mode, int | float) and self.mode != "mean_img":
+        if not _finite(self.mode) and self.mode != "mean_img":
             what = repr(self.mode) if isinstance(self.mode, str) else "a function"
             return None, f"mode {what} shows something else in every window; a number or 'mean_img' shows the same"
         if kwargs:
@@ -193,12 +195,20 @@ class OcclusionSensitivity:
 def _box(b_box: Sequence[int] | None, size: Sequence[int]) -> list[tuple[int, int]]:
     if b_box is None:
         return [(0, cells) for cells in size]
-    if len(b_box) != 2 * len(size):
-        raise ArgumentError(f"b_box: got {tuple(b_box)}, wanted {2 * len(size)} numbers: first and end of each axis")
+    if len(b_box) != 2 * len(size) or not all(_whole(edge) for edge in b_box):
+        raise ArgumentError(f"b_box: got {b_box!r}, wanted {2 * len(size)} whole numbers: first and end of each axis")
     box = [(max(int(a), 0), cells if b < 0 else min(int(b), cells)) for a, b, cells in zip(b_box[::2], b_box[1::2], size)]
     if not all(a < b for a, b in box):
         raise ArgumentError(f"b_box: got {tuple(b_box)}, which is empty within {tuple(size)}")
     return box
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _outer(rows: Sequence[Tensor]) -> Tensor:
