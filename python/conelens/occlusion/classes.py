@@ -88,7 +88,7 @@ def _call_seconds(op: Operator, rates: Rates) -> float:
 
 
 def _merged(groups: list[np.ndarray], layers: list[_Layer], overhead: float) -> list[np.ndarray]:
-    """Greedy: the cheapest merges, as long as each costs less than the calls it saves (``overhead``: MACs of a pair of classes)."""
+    """Greedy: the cheapest merges, while each costs less than the calls it saves, ``overhead`` MACs per pair of classes."""
     alive = np.arange(len(groups))
     count = np.array([float(len(members)) for members in groups])
     totals = np.array([float((layer.taps(alive, alive) * count).sum()) for layer in layers])

@@ -22,8 +22,8 @@ from conelens.occlusion.records import Record, activity
 from conelens.occlusion.regions import Batch, SweepRegions, peak_cells, sweep_regions
 from conelens.occlusion.windows import Windows, inside_boxes
 
-# Bytes of live patches beyond which more positions at once do not run faster: what caches hold on a CPU.
-HEAD_BYTES = {"cpu": 2**26, "cuda": 2**33}
+# Bytes of live patches beyond which more positions at once do not run faster (benchmarks/NOTES.md).
+HEAD_BYTES = {"cpu": 3 * 2**26, "cuda": 2**33}
 # Positions whose whole maps the tail takes at once: fully connected layers read their weights once for all of them.
 TAIL_UNITS = 4096
 # Changes are not added to maps whose largest cell is this many times the usual one (photographs: up to about 200).
