@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -99,3 +101,38 @@ def test_whole_numbers_of_every_type(window: object) -> None:
     for wrong in (True, (8, True), 8.0, "88", np.array([8, 8]), None, np.int64(0)):
         with pytest.raises(conelens.ArgumentError, match="window: got"):
             make_windows((24, 20), wrong, 4)  # type: ignore[arg-type]
+
+
+# --- what an interrupted sweep shows ---------------------------------------------------------------------------------------
+
+
+def interrupted(net: Network, images: Tensor, after: int, **settings: Any) -> conelens.Sweep:
+    """A sweep that was stopped after ``after`` portions."""
+    portions = []
+
+    def stop(done: int, total: int) -> None:
+        portions.append(done)
+        if len(portions) == after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(conelens.SweepInterrupted) as stopped:
+        conelens.occlude(net, images, progress=stop, **settings)
+    return stopped.value.sweep
+
+
+def test_pictures_of_an_interrupted_sweep(net: Network, images: Tensor) -> None:
+    part = interrupted(net, images, 1, window=6, stride=3, border="clip", memory=2**24, form="rerun")
+    assert 0 < int(part.done.sum()) < part.done.numel()
+    drop = part.drop(0)
+    total, count = torch.zeros(2, 24, 20, dtype=torch.float64), torch.zeros(2, 24, 20)
+    for n, r, c in part.done.nonzero().tolist():
+        top, left, bottom, right = part.windows.box(r, c)
+        total[n, top:bottom, left:right] += drop[n, r, c]
+        count[n, top:bottom, left:right] += 1
+    assert count.min() == 0 < count.max()
+    assert torch.allclose(part.pixel_map(drop), total / count, rtol=1e-12, atol=1e-12, equal_nan=True)
+    with pytest.raises(conelens.ArgumentError, match="values: got"):
+        part.pixel_map(drop[:1])
+    for picture in (part.heatmap, lambda: part.upsample(drop)):
+        with pytest.raises(conelens.ArgumentError, match=r"positions are done; go on with occlude\(\.\.\., resume=sweep\)"):
+            picture()

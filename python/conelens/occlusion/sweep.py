@@ -136,14 +136,34 @@ class Sweep:
     def pixel_map(self, values: Tensor) -> Tensor:
         """Position values [N, rows, cols] as pixels [N, H, W]: each pixel the mean over the windows that cover it.
 
-        Captum's definition, when ``values`` are drops. NaN where no window covers a pixel.
+        Captum's definition, when ``values`` are drops. NaN where no window covers a pixel. Of an interrupted sweep only the
+        positions that are done count.
         """
+        done = torch.ones_like(values[:1], dtype=torch.bool)
+        if not self.complete:
+            done = self.done.to(values.device)
+            if values.shape != done.shape:
+                raise ArgumentError(
+                    f"values: got {tuple(values.shape)}, wanted {tuple(done.shape)}: which positions are done differs by image"
+                )
+            values = values.masked_fill(~done, 0)
+        return self._spread(values) / self._spread(done.float()).to(values.dtype)
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """At each pixel [N, H, W] the sum over the windows that cover it."""
         rows, columns = (torch.from_numpy(c).to(values) for c in self.windows.covers())
-        total = torch.einsum("rh,nrc,cw->nhw", rows, values, columns)
-        return total / (rows.sum(0)[:, None] * columns.sum(0))
+        return torch.einsum("rh,nrc,cw->nhw", rows, values, columns)
 
     def upsample(self, values: Tensor) -> Tensor:
-        """Position values [N, rows, cols] as a smooth picture [N, H, W]: bilinear between the windows' centres."""
+        """Position values [N, rows, cols] as a smooth picture [N, H, W]: bilinear between the windows' centres.
+
+        ArgumentError for an interrupted sweep, where there is nothing to interpolate: go on with it, or see :meth:`pixel_map`.
+        """
+        if not self.complete:
+            raise ArgumentError(
+                f"upsample: only {int(self.done.sum())} of {self.done.numel()} positions are done; go on with "
+                "occlude(..., resume=sweep), or take pixel_map, which shows what is there"
+            )
         starts = (self.windows.tops, self.windows.lefts)
         ends = (self.windows.bottoms, self.windows.rights)
         weights = [
@@ -153,7 +173,7 @@ class Sweep:
         return torch.einsum("hr,nrc,wc->nhw", weights[0], values, weights[1])
 
     def heatmap(self, k: Any = None) -> Tensor:
-        """The drop in probability of class ``k`` as a picture [N, H, W], up-sampled."""
+        """The drop in probability of class ``k`` as a picture [N, H, W], up-sampled; of a complete sweep, as there."""
         return self.upsample(self.drop(k))
 
     def recorded(self, layer: str) -> Activity:
