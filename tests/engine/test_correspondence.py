@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import conelens
 from conelens.errors import ArgumentError, LayerError
+from conelens.occlusion import correspondence as correspondences
 from conelens.occlusion.correspondence import _Changes
 
 IMAGES = torch.randn(4, 3, 40, 44, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -163,7 +164,10 @@ def test_prints_a_table_with_and_without_random_boxes() -> None:
         ({"images": IMAGES[:1], "boxes": {"eye": EYE[:1]}}, "images: got 1, wanted at least 2"),
         ({"images": IMAGES[..., :30]}, "images: got shape"),
         ({"images": torch.full_like(IMAGES, torch.nan)}, "images: hold NaN"),
+        ({"images": IMAGES[0]}, "images: got .*40, 44.*wanted a tensor"),
+        ({"images": [1, 2]}, "images: got list"),
         ({"boxes": {}}, "boxes: got none"),
+        ({"boxes": EYE}, "boxes: got list, wanted the boxes of each part by its name"),
         ({"layers": []}, "layers: got none"),
         ({"boxes": {"eye": EYE[:3]}}, r"boxes: 'eye' has shape \(3, 4\), wanted \(4, 4\)"),
         ({"boxes": {"eye": np.array(EYE) + 0.5}}, "boxes: 'eye' has fractions of pixels"),
@@ -180,6 +184,14 @@ def test_what_does_not_fit_is_refused(net: conelens.Network, change: dict[str, A
     call: dict[str, Any] = {"images": IMAGES, "boxes": {"eye": EYE}, "layers": ["4"]} | change
     with pytest.raises(ArgumentError, match=message):
         conelens.correspondence(net, **call)
+
+
+def test_one_image_is_enough_to_trace_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = []
+    real = correspondences.trace
+    monkeypatch.setattr(correspondences, "trace", lambda m, x, **k: examples.append(x.shape) or real(m, x, **k))
+    conelens.correspondence(model(), IMAGES, {"eye": EYE}, "4", random=0)
+    assert examples == [IMAGES[:1].shape]
 
 
 def test_unknown_layers_and_parts_are_refused(net: conelens.Network) -> None:

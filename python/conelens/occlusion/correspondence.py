@@ -154,15 +154,19 @@ def correspondence(
         raise ArgumentError(f"placement: got {placement!r}, wanted one of {', '.join(PLACEMENTS)}")
     if not isinstance(random, int) or isinstance(random, bool) or random < 0:
         raise ArgumentError(f"random: got {random!r}, wanted how many times to place random boxes, 0 or more")
-    if not isinstance(net, Network):
-        net = trace(net, images, policy="gradient")
-    net.check_images(images)
+    if not isinstance(images, Tensor) or images.ndim != 4:
+        raise ArgumentError(f"images: got {getattr(images, 'shape', type(images).__name__)}, wanted a tensor [N, C, H, W]")
     if len(images) < 2:
         raise ArgumentError(f"images: got {len(images)}, wanted at least 2 to compare")
     if not bool(torch.isfinite(images).all()):
         raise ArgumentError("images: hold NaN or infinity; clean the data first")
+    if not isinstance(net, Network):
+        net = trace(net, images[:1], policy="gradient")
+    net.check_images(images)
     names = (layers,) if isinstance(layers, str) else tuple(layers)
     nodes = [net.node(name).index for name in names]
+    if not isinstance(boxes, Mapping):
+        raise ArgumentError(f"boxes: got {type(boxes).__name__}, wanted the boxes of each part by its name: {{'eyes': [N, 4]}}")
     parts = {part: _boxes(part, value, images) for part, value in boxes.items()}
     if not parts or not names:
         raise ArgumentError(f"{'layers' if parts else 'boxes'}: got none, wanted at least one")
