@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import conelens
@@ -355,6 +356,8 @@ def test_save_and_load(tmp_path, images: Tensor) -> None:  # type: ignore[no-unt
     assert held.about == sweep.about
     assert torch.equal(held.heatmap(3), sweep.heatmap(3))
     (tmp_path / "sweep.json").write_text("{}")
+    assert torch.equal(conelens.Sweep.load(tmp_path).outputs, sweep.outputs), "one file decides"
+    save_file({"outputs": sweep.outputs}, tmp_path / "sweep.safetensors")
     with pytest.raises(conelens.CheckpointError, match="no sweep"):
         conelens.Sweep.load(tmp_path)
     with pytest.raises(conelens.CheckpointError, match="no sweep"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -136,3 +137,33 @@ def test_pictures_of_an_interrupted_sweep(net: Network, images: Tensor) -> None:
     for picture in (part.heatmap, lambda: part.upsample(drop)):
         with pytest.raises(conelens.ArgumentError, match=r"positions are done; go on with occlude\(\.\.\., resume=sweep\)"):
             picture()
+
+
+def test_a_sweep_moves_between_devices(net: Network, images: Tensor) -> None:
+    sweep = conelens.occlude(net, images, 8, 8, record="0")
+    moved = sweep.to("meta")
+    tensors = (moved.outputs, moved.clean, moved.done, *vars(moved.recorded("0")).values())
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert moved.about == sweep.about
+    assert sweep.to("cpu").outputs.data_ptr() == sweep.outputs.data_ptr()
+
+
+def test_a_crash_between_the_two_files_leaves_a_whole_sweep(
+    net: Network, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = conelens.occlude(net, images, 8, 8)
+    old.save(tmp_path)
+    replace, replaced = Path.replace, []
+
+    def second_fails(self: Path, target: Path) -> Path:
+        replaced.append(target.name)
+        if len(replaced) == 2:
+            raise OSError("power is gone")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", second_fails)
+    with pytest.raises(OSError, match="power"):
+        conelens.occlude(net, images, 8, 8, "mean").save(tmp_path)
+    held = conelens.Sweep.load(tmp_path)
+    assert torch.equal(held.outputs, old.outputs)
+    assert held.about == old.about, "numbers and settings are of the same sweep"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -183,10 +183,22 @@ class Sweep:
             raise LayerError(f"layer: got {layer!r}, which was not recorded (recorded: {there})")
         return self.activity[layer]
 
+    def to(self, device: torch.device | str) -> Sweep:
+        """The same sweep on ``device``; a tensor that is there already is shared."""
+        activity = {
+            name: Activity(*(getattr(one, field.name).to(device) for field in fields(one)))
+            for name, one in self.activity.items()
+        }
+        outputs, clean, done = (tensor.to(device) for tensor in (self.outputs, self.clean, self.done))
+        return replace(self, outputs=outputs, clean=clean, done=done, activity=activity)
+
     # --- files ---------------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path) -> None:
-        """Write ``sweep.safetensors`` and ``sweep.json`` into ``folder``."""
+        """Write ``sweep.safetensors`` into ``folder``, and beside it ``sweep.json``, what a person may read of it.
+
+        :meth:`load` reads the first alone, so that no interruption leaves two halves of different sweeps.
+        """
         from safetensors.torch import save
 
         folder = Path(folder)
@@ -195,12 +207,13 @@ class Sweep:
         for name, activity in self.activity.items():
             tensors |= {f"activity\n{name}\n{field.name}": getattr(activity, field.name) for field in fields(activity)}
         windows = {f.name: np.asarray(getattr(self.windows, f.name)).tolist() for f in fields(self.windows)}
-        about = {"format": FORMAT, "classifier": self.classifier, "windows": windows, "about": self.about}
-        parts = folder / "sweep.safetensors.part", folder / "sweep.json.part"
+        about = json.dumps({"format": FORMAT, "classifier": self.classifier, "windows": windows, "about": self.about}, indent=1)
+        parts = folder / "sweep.json.part", folder / "sweep.safetensors.part"
         try:
             # not save_file, which makes the file unreadable to others and hides why it cannot be written
-            parts[0].write_bytes(save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}))
-            parts[1].write_text(json.dumps(about, indent=1), encoding="utf-8")
+            held = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, {"sweep": about})
+            parts[0].write_text(about, encoding="utf-8")
+            parts[1].write_bytes(held)
             for part in parts:
                 part.replace(part.with_suffix(""))
         finally:
@@ -210,15 +223,15 @@ class Sweep:
     @classmethod
     def load(cls, folder: str | Path) -> Sweep:
         """Read what :meth:`save` wrote; CheckpointError when it is no sweep."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
 
         folder = Path(folder)
         try:
-            about = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
-            if about["format"] != FORMAT:
-                raise KeyError(about["format"])
-            tensors = load_file(folder / "sweep.safetensors")
+            with safe_open(folder / "sweep.safetensors", "pt") as file:
+                about = json.loads((file.metadata() or {})["sweep"])
+                if about["format"] != FORMAT:
+                    raise KeyError(about["format"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not iterable itself
             held = about["windows"]
             grid = [np.array(held[name], np.int64) for name in ("tops", "bottoms", "lefts", "rights")]
             names = {key.split("\n")[1] for key in tensors if key.startswith("activity\n")}
