@@ -36,6 +36,7 @@ def occlude(
     form: str = "auto",
     memory: int = DEFAULT_MEMORY,
     progress: Callable[[int, int], None] | None = None,
+    checkpoint: Callable[[Sweep], None] | None = None,
     resume: Sweep | None = None,
 ) -> Sweep:
     """Occlusion sweep (Zeiler & Fergus 2014, §4.2): every window of a grid painted over every image, the network run on each.
@@ -58,6 +59,7 @@ def occlude(
             (everything, for every position), or "auto".
         memory: bound in bytes for everything besides the result itself.
         progress: called with (positions done, positions in all).
+        checkpoint: called with the sweep as far as it is, again and again, so that a long one can be saved every few minutes.
         resume: a sweep with the same settings that was interrupted.
 
     Raises:
@@ -95,7 +97,7 @@ def occlude(
             engine = Rerun(runs, images, filled, windows, records, memory)
         else:
             engine = Incremental(network, images, filled, windows, records, form, memory)
-        return _sweep(engine, network, images, filled, windows, about | {"form": engine.form}, progress, resume)
+        return _sweep(engine, network, images, filled, windows, about | {"form": engine.form}, progress, checkpoint, resume)
 
 
 def _traced(net: Any, images: Any, form: str) -> Network | Callable[[Tensor], Tensor]:
@@ -123,7 +125,7 @@ def _traced(net: Any, images: Any, form: str) -> Network | Callable[[Tensor], Te
 
 def _sweep(
     engine: Engine, network: Network | None, images: Tensor, filled: Tensor, windows: Windows, about: dict[str, Any],
-    progress: Callable[[int, int], None] | None, resume: Sweep | None,
+    progress: Callable[[int, int], None] | None, checkpoint: Callable[[Sweep], None] | None, resume: Sweep | None,
 ) -> Sweep:  # fmt: skip
     clean, records = engine.clean()
     with torch.inference_mode(False):  # the result is made of ordinary tensors
@@ -142,6 +144,8 @@ def _sweep(
             done += len(visited.units)
             if progress is not None:
                 progress(done, total)
+            if checkpoint is not None:
+                checkpoint(sweep)
     except KeyboardInterrupt:
         raise SweepInterrupted(sweep) from None
     return sweep
