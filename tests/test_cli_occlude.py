@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,9 @@ def test_mistakes_are_named_before_any_work(room: Path, monkeypatch: pytest.Monk
         ("--memory", "much"): ("--memory is 'much'", "2G"),
         ("--layer", "33"): ("33", "conelens layers MODEL"),
         ("--strongest", "mean"): ("strongest", "max"),
+        ("--form", "quick"): ("--form is 'quick'", "rerun"),
+        ("--window", "²"): ("--window is '²'",),
+        ("--class", "²"): ("--class is '²'", "no class names"),
     }.items():
         one_line_error(run("occlude", "p0.png", *COMMON, *options, "--out", "out"), 2, *parts)
     one_line_error(run("occlude", *COMMON), 2, "no images", "--plan")
@@ -177,6 +181,14 @@ def test_plan_prints_and_stops(room: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert not list(room.glob("conelens_occlude*"))
 
 
+def test_the_plan_of_running_anew_is_everything(room: Path) -> None:
+    result = run("occlude", *COMMON, "--plan", "--form", "rerun")
+    assert result.exit_code == 0, result.output
+    macs = 16 * 16 * 6 * 27 + 6 * 6 * 5 * 54 + 180 * 4
+    assert result.stdout.startswith(f"{PLACES} positions; everything runs anew")
+    assert f"{macs / 1e6:.1f} MMAC: 1.00 times" in result.stdout
+
+
 # ------------------------------------------------------------------------------------------------------ resuming
 # the command in a process that is sent SIGINT once some positions are done, one image's worth at a time
 INTERRUPTED = """
@@ -211,7 +223,7 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(room: Path) -> N
     total = 2 * 11 * 11
     kept = int(Sweep.load(room / "out").done.sum())
     assert 0 < kept < total
-    one_line_error(run(*common, "--fill", "0", "--out", "out", "--resume"), 2, "that sweep was made with other fill;")
+    one_line_error(run(*common, "--fill", "0", "--out", "out", "--resume"), 2, "made with other fill;")
     resumed = run(*common, "--out", "out")
     assert resumed.exit_code == 0, resumed.output
     assert f"going on from {kept} of {total} positions" in resumed.stderr
@@ -229,20 +241,27 @@ def test_a_finished_sweep_is_read_not_made_again(room: Path, monkeypatch: pytest
         assert again.exit_code == 0, again.output
         assert f"{PLACES} of {PLACES}" in again.stderr
         assert "class 2" in again.stdout
-    calls = []
-    made = conelens.occlude
-    monkeypatch.setattr("conelens.cli.occlusion.occlude", lambda *a, **k: calls.append(k["resume"]) or made(*a, **k))
-    common = ("occlude", "p0.png", *COMMON)
-    for other in (
-        ("occlude", "p1.png", *COMMON),
-        (*common, "--stride", "4"),
-        ("occlude", "p0.png", *COMMON, "--model", "occluded_nets:other"),
-        (*common, "--mean", "0.1"),
-        (*common, "--no-resume"),
+
+
+def test_another_sweep_or_a_broken_one_is_not_overwritten_unasked(room: Path) -> None:
+    common = ("occlude", "p0.png", *COMMON, "--out", "out")
+    assert run(*common).exit_code == 0
+    held = (room / "out" / "sweep.safetensors").read_bytes()
+    for other, parts in (
+        (("occlude", "p1.png", *common[2:]), "images"),
+        ((*common, "--stride", "4"), "stride"),
+        ((*common, "--fill", "0", "--border", "clip"), "fill, border"),
+        ((*common, "--model", "occluded_nets:other"), "model, weights"),
+        ((*common, "--mean", "0.1"), "input, images"),
     ):
-        assert run("occlude", "p0.png", *COMMON, "--out", "out", "--no-resume").exit_code == 0
-        assert run(*other, "--out", "out").exit_code == 0
-    assert calls == [None] * 10
+        one_line_error(run(*other), 2, f"made with other {parts};", "--out", "--no-resume")
+        assert (room / "out" / "sweep.safetensors").read_bytes() == held
+    assert run(*common, "--stride", "4", "--no-resume").exit_code == 0
+    assert Sweep.load(room / "out").about["stride"] == [4, 4]
+    (room / "out" / "sweep.safetensors").write_bytes(b"cut short")
+    one_line_error(run(*common), 2, "no sweep", "--no-resume")
+    assert run(*common, "--no-resume").exit_code == 0
+    assert (room / "out" / "sweep.safetensors").read_bytes() == held
 
 
 def test_resume_says_what_is_missing_or_different(room: Path) -> None:
@@ -254,7 +273,64 @@ def test_resume_says_what_is_missing_or_different(room: Path) -> None:
     one_line_error(run(*common, "--model", "occluded_nets:other", "--stride", "4"), 2, "other model, weights, stride;")
     (room / "out" / "sweep.safetensors").write_bytes(b"cut short")
     one_line_error(run(*common), 1, "no sweep")
-    assert run(*common[:-1]).exit_code == 0, "without --resume a broken one is made anew"
+
+
+# the command in a process that dies at the second portion of positions, saving after each
+KILLED = """
+import os
+import conelens.cli.occlusion as job
+import conelens.occlusion.run as sweeps
+job.SAVE_EVERY = 0.0
+stored, portions = sweeps._store, []
+def told(sweep, visited):
+    portions.extend([1] * bool(len(visited.units)))
+    if len(portions) > 1:
+        os._exit(9)
+    stored(sweep, visited)
+sweeps._store = told
+from conelens.cli import main
+main()
+"""
+
+
+def test_a_sweep_is_saved_meanwhile(room: Path) -> None:
+    common = ("occlude", "p0.png", "--model", "occluded_nets:net", "--input-size", "16", "--window", "6", "--stride", "1")
+    common = (*common, "--form", "rerun", "--out", "out")
+    process = subprocess.run([sys.executable, "-c", KILLED, *common], cwd=room, capture_output=True, timeout=120, check=False)
+    assert process.returncode == 9, process.stderr
+    kept = int(Sweep.load(room / "out").done.sum())
+    assert 0 < kept < 121
+    resumed = run(*common)
+    assert f"going on from {kept} of 121 positions" in resumed.stderr
+
+
+def test_a_disk_that_is_full_for_a_while_does_not_end_a_sweep(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("conelens.cli.occlusion.SAVE_EVERY", 0.0)
+    saved, real = [], Sweep.save
+
+    def save(sweep: Sweep, folder: Path) -> None:
+        saved.append(sweep.complete)
+        if len(saved) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device", "there")
+        real(sweep, folder)
+
+    monkeypatch.setattr(Sweep, "save", save)
+    result = run("occlude", "p0.png", *COMMON, "--out", "out")
+    assert result.exit_code == 0, result.output
+    assert "nothing saved this time: cannot write there" in result.stderr
+    assert len(saved) > 1
+    assert Sweep.load(room / "out").complete
+
+
+def test_ctrl_c_after_the_sweep_says_that_it_is_kept(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("conelens.cli.occlusion.panels_of", stopped)
+    result = run("occlude", "p0.png", *COMMON, "--out", "out")
+    assert result.exit_code == 130
+    assert "the finished sweep is kept" in result.stderr
+    assert Sweep.load(room / "out").complete
 
 
 def test_sizes_of_memory() -> None:

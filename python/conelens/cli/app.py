@@ -154,7 +154,7 @@ def occlude(
     resume: Annotated[
         bool | None,
         typer.Option(
-            help="Go on with the sweep in --out, or start anew. Default: go on where settings and images are the same."
+            help="Go on with the sweep in --out, or replace it. Default: go on where there is one of these images and settings."
         ),
     ] = None,
     weights: Weights = None,

@@ -139,7 +139,7 @@ def numbers(text: str, name: str) -> tuple[float, ...]:
 def size(text: str, option: str = "--input-size") -> tuple[int, int]:
     """ "224" or "240x320" (height x width)."""
     parts = text.lower().split("x")
-    if len(parts) > 2 or not all(p.isdigit() and int(p) > 0 for p in parts):
+    if len(parts) > 2 or not all(p.isdecimal() and int(p) > 0 for p in parts):
         raise ArgumentError(f"{option} is {text!r}, wanted N or HxW in pixels, at least 1")
     return int(parts[0]), int(parts[-1])
 
@@ -157,7 +157,7 @@ def place(text: str | None) -> tuple[int, int] | str:
     if text is None or text == "peak":
         return "peak"
     parts = text.split(",")
-    if len(parts) != 2 or not all(p.strip().isdigit() for p in parts):
+    if len(parts) != 2 or not all(p.strip().isdecimal() for p in parts):
         raise ArgumentError(f"--position is {text!r}, wanted y,x or peak")
     return int(parts[0]), int(parts[1])
 
@@ -183,7 +183,7 @@ def channels(text: str | None, count: int, layer: str, default: int = 8) -> list
     chosen: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        if not first.isdecimal() or (dash and not last.isdecimal()):
             raise ArgumentError(f"--channels has {part.strip()!r}, wanted numbers and ranges such as 3,17,20-25, or all")
         if int(last or first) < int(first):
             raise ArgumentError(f"--channels has the empty range {part.strip()!r}, wanted {last}-{first}")

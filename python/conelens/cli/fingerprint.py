@@ -29,13 +29,17 @@ def sweep_fingerprint(model: LoadedModel, images: Tensor, settings: Mapping[str,
     return _joined(_model(model) | {"images": _tensors({"": images})} | told)
 
 
-def require_same(kept: str, wanted: str, what: str = "table") -> None:
-    """ArgumentError that names the parts in which two fingerprints differ."""
+def differing(kept: str, wanted: str) -> list[str]:
+    """The parts in which two fingerprints differ."""
     theirs, ours = (dict(part.partition(":")[::2] for part in text.split()) for text in (kept, wanted))
-    differing = [name for name in ours if theirs.get(name) != ours[name]]
-    if differing:
+    return [name for name in ours if theirs.get(name) != ours[name]]
+
+
+def require_same(kept: str, wanted: str) -> None:
+    """ArgumentError where a table was made with something else."""
+    if names := differing(kept, wanted):
         raise ArgumentError(
-            f"--resume: that {what} was made with other {', '.join(differing)}; give the model, images and options of the "
+            f"--resume: that table was made with other {', '.join(names)}; give the model, images and options of the "
             "interrupted run, or start anew without --resume"
         )
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,18 @@ from torch import Tensor
 
 import conelens
 from conelens.cli import console
-from conelens.cli.fingerprint import require_same, sweep_fingerprint
+from conelens.cli.fingerprint import differing, sweep_fingerprint
 from conelens.cli.work import read_frames, write_report
 from conelens.data import ImageFolder, Preprocess
-from conelens.errors import ArgumentError, CheckpointError
+from conelens.errors import ArgumentError, CheckpointError, ConelensError
 from conelens.network import Network
 from conelens.occlusion import Sweep, SweepInterrupted, ZeilerFergus, make_windows, occlude, panels_of, record_strongest
+from conelens.occlusion.run import FORMS
+from conelens.occlusion.zeiler import check_figure
 from conelens.report import Table, Workbench
 from conelens.report.occlusion import occlusion_page, summary
+
+SAVE_EVERY = 120.0  # seconds between saves of a sweep under way
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,11 @@ class Settings:
 
 def plan_of(bench: Workbench, window: tuple[int, int], stride: tuple[int, int], border: str, form: str) -> str:
     """What a sweep would compute, as a table."""
-    return str(conelens.plan_occlusion(bench.net, window, stride, border, form=form))
+    if form != "rerun":
+        return str(conelens.plan_occlusion(bench.net, window, stride, border, form=form))
+    plan = conelens.plan_occlusion(bench.net, window, stride, border)
+    full = sum(layer.macs.full for layer in plan.layers) / 1e6
+    return f"{plan.positions} positions; everything runs anew for each of them, {full:.1f} MMAC: 1.00 times the whole network"
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,7 @@ class OcclusionJob:
     names: list[str]
     images: Tensor
     layer: str
+    record: Mapping[str, str]
     fill: Any
     label: int | None
     settings: Settings
@@ -67,24 +78,30 @@ class OcclusionJob:
             DataError: none of the images can be read.
         """
         recipe, net = bench.model.preprocess, bench.net
+        if settings.form not in FORMS:
+            raise ArgumentError(f"--form is {settings.form!r}, wanted one of {', '.join(FORMS)}")
         make_windows(recipe.size, settings.window, settings.stride, settings.border)
         fill = _fill(settings.fill, recipe)
         classes = _class_count(net)
         layer = settings.layer or _last_convolution(net, classes)
-        net.node(layer)
+        record = record_strongest(layer, settings.strongest)
         label = None if settings.label is None else find_class(settings.label, bench.model.classes, classes)
         pool = None if others is None else ImageFolder(others, recipe)
         names, frames = read_frames(recipe, paths)
         images = torch.stack([recipe.tensor(frame) for frame in frames]).to(net.device)
+        check_figure(net, images, layer, label, pool)
         # what is read off a finished sweep may change, and how it is computed
         lasting = {name: value for name, value in asdict(settings).items() if name not in ("label", "form", "memory")}
         source = sweep_fingerprint(bench.model, images, lasting | {"layer": layer})
-        return cls(bench, names, images, layer, fill, label, settings, pool, source)
+        return cls(bench, names, images, layer, record, fill, label, settings, pool, source)
 
     def sweep(self, out: Path, resume: bool | None) -> Sweep:
-        """Visit every position; what is done stays in `out`, also after Ctrl-C, and is gone on from.
+        """Visit every position; what is done stays in `out`, saved every few minutes and on Ctrl-C, and is gone on from.
 
-        ``resume``: True: what is there must fit; None: it is gone on from where it fits; False: start anew.
+        ``resume``: True: there must be a sweep in `out`; None: one that is there is gone on from; False: it is made anew.
+
+        Raises:
+            ArgumentError: the sweep in `out` is another one, or cannot be read.
         """
         kept = self._kept(out, resume)
         if kept is not None:
@@ -92,12 +109,11 @@ class OcclusionJob:
             if kept.complete:
                 return kept
         chosen = self.settings
-        record = record_strongest(self.layer, chosen.strongest)
         with console.progress("positions") as report:
             try:
                 sweep = occlude(
-                    self.bench.net, self.images, chosen.window, chosen.stride, self.fill, chosen.border, record=record,
-                    form=chosen.form, memory=chosen.memory, progress=report, resume=kept,
+                    self.bench.net, self.images, chosen.window, chosen.stride, self.fill, chosen.border, record=self.record,
+                    form=chosen.form, memory=chosen.memory, progress=report, checkpoint=self._saving(out), resume=kept,
                 )  # fmt: skip
             except SweepInterrupted as stop:
                 self._keep(stop.sweep, out)
@@ -109,31 +125,48 @@ class OcclusionJob:
         return sweep
 
     def _kept(self, out: Path, resume: bool | None) -> Sweep | None:
-        if resume is False or (resume is None and not (out / "sweep.json").is_file()):
+        if resume is False or (resume is None and not (out / "sweep.safetensors").is_file()):
             return None
+        elsewhere = "choose another --out, or replace it with --no-resume"
         try:
             sweep = Sweep.load(out)
-            source = sweep.about.pop("source", "")
-            require_same(source, self.source, "sweep")
-        except (CheckpointError, ArgumentError):
+        except CheckpointError as error:
             if resume:
                 raise
-            return None
+            raise ArgumentError(f"{error}; {elsewhere}") from error
+        if names := differing(sweep.about.pop("source", ""), self.source):
+            raise ArgumentError(f"the sweep in {out} was made with other {', '.join(names)}; {elsewhere}")
         return sweep
 
     def _keep(self, sweep: Sweep, out: Path) -> None:
-        about = sweep.about
-        sweep.about = about | {"source": self.source}
         with console.writing(out):
-            sweep.save(out)
-        sweep.about = about
+            replace(sweep, about=sweep.about | {"source": self.source}).save(out)
+
+    def _saving(self, out: Path) -> Callable[[Sweep], None]:
+        """What saves a sweep that is under way, once the last time is long ago."""
+        last = time.monotonic()
+
+        def save(sweep: Sweep) -> None:
+            nonlocal last
+            if time.monotonic() - last < SAVE_EVERY:
+                return
+            try:
+                self._keep(sweep, out)
+            except ConelensError as error:  # there may be room again when it matters
+                warnings.warn(f"nothing saved this time: {error}", stacklevel=2)
+            last = time.monotonic()
+
+        return save
 
     def figures(self, sweep: Sweep) -> list[ZeilerFergus]:
         """The panels of each image."""
-        return panels_of(
-            self.bench.net, self.images, sweep, self.layer, self.fill,
-            label=self.label, strongest=self.settings.strongest, others=self.others,
-        )  # fmt: skip
+        try:
+            return panels_of(
+                self.bench.net, self.images, sweep, self.layer, self.fill,
+                label=self.label, strongest=self.settings.strongest, others=self.others,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("the finished sweep is kept; the same command goes on from it") from None
 
     def summary(self, figures: Sequence[ZeilerFergus]) -> Table:
         """A line per image."""
@@ -151,7 +184,7 @@ def find_class(text: str, names: Sequence[str], count: int | None) -> int:
     """A class by its number or its name; ``count`` classes, None without a classifier."""
     if count is None:
         raise ArgumentError(f"--class is {text!r}, but this network is no classifier; leave --class out")
-    if text.isdigit():
+    if text.isdecimal():
         if int(text) >= count:
             raise ArgumentError(f"--class is {text}, wanted 0..{count - 1}")
         return int(text)
@@ -169,8 +202,8 @@ def find_class(text: str, names: Sequence[str], count: int | None) -> int:
 
 
 def _class_count(net: Network) -> int | None:
-    output = net(torch.zeros(1, *net.input_shape, dtype=net.dtype, device=net.device))
-    return output.shape[1] if output.ndim == 2 and output.shape[1] > 1 else None
+    output = net.graph.output_shapes[0]
+    return output[0] if len(output) == 1 and output[0] > 1 else None
 
 
 def _last_convolution(net: Network, classes: int | None) -> str:
