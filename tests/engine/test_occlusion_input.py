@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +168,58 @@ def test_a_crash_between_the_two_files_leaves_a_whole_sweep(
     held = conelens.Sweep.load(tmp_path)
     assert torch.equal(held.outputs, old.outputs)
     assert held.about == old.about, "numbers and settings are of the same sweep"
+
+
+# --- fills, records, functions ---------------------------------------------------------------------------------------------
+
+
+def test_arrays_as_fills(net: Network, images: Tensor) -> None:
+    for fill in (images[0], images, images[:1, :, :1, :1]):
+        expected = conelens.occlude(net, images, 8, 8, fill)
+        for array in (fill.numpy(), fill.flip(-1).numpy()[..., ::-1]):
+            assert torch.equal(conelens.occlude(net, images, 8, 8, array).outputs, expected.outputs)
+    per_channel = conelens.occlude(net, images, 8, 8, np.array([1, 2, 3]))
+    assert torch.equal(per_channel.outputs, conelens.occlude(net, images, 8, 8, [1, 2, 3]).outputs)
+
+
+@pytest.mark.parametrize("fill", [None, [None, 1, 2], object(), [[1, 2], [3]], lambda x: None, np.array(["a"])])
+def test_what_is_no_fill_is_refused(fill: object, net: Network, images: Tensor) -> None:
+    with pytest.raises(conelens.ArgumentError, match="fill: got"):
+        conelens.occlude(net, images, 8, 8, fill)
+
+
+def test_channels_of_every_integer_type(net: Network, images: Tensor) -> None:
+    for asked in (np.int64(3), 3, torch.tensor(3), [np.uint8(3)], np.array([3]), {3}):
+        assert conelens.occlude(net, images, 8, 8, record={"0": asked}).recorded("0").channels.tolist() == [[3], [3]]
+    for wrong in (True, [True], 1.5, [1.5], None, np.array([1.5])):
+        with pytest.raises(conelens.ArgumentError, match=r"record: got .* for 0, wanted channel numbers"):
+            conelens.occlude(net, images, 8, 8, record={"0": wrong})
+    for wrong in (7, True, [["0"]]):
+        with pytest.raises(conelens.ArgumentError, match=r"record: got .* wanted a layer's name"):
+            conelens.occlude(net, images, 8, 8, record=wrong)  # type: ignore[arg-type]
+
+
+def test_functions_that_work_in_place_leave_the_images_alone(model: nn.Module, images: Tensor) -> None:
+    kept = images.clone()
+
+    def in_place(x: Tensor) -> Tensor:
+        return model(x.mul_(2))
+
+    sweep = conelens.occlude(in_place, images, 8, 8, lambda x: x.neg_(), form="rerun")
+    assert torch.equal(images, kept)
+    expected = conelens.occlude(model, 2 * images, 8, 8, -2 * images, form="rerun")
+    assert torch.allclose(sweep.outputs, expected.outputs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda x: x.flatten(1).argmax(1), r"net: returned torch.int64, wanted floating point; return output.float\(\)"),
+        (lambda x: x.sum(), r"net: returned \(\) for 2 images"),
+        (lambda x: x[:1].flatten(1), r"net: returned \(1, 1440\) for 2 images"),
+        (lambda x: [x], "net: returned list for 2 images"),
+    ],
+)
+def test_what_a_function_must_return(function: Callable[[Tensor], Tensor], message: str, images: Tensor) -> None:
+    with pytest.raises(conelens.ArgumentError, match=message):
+        conelens.occlude(function, images, 8, 8, form="rerun")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from conelens.errors import ArgumentError, LayerError
 from conelens.network import Network
+from conelens.occlusion.windows import whole_number
 
 
 @dataclass(frozen=True)
@@ -65,19 +66,24 @@ def read_records(network: Network | None, record: str | Sequence[str] | Mapping[
         return []
     if network is None:
         raise ArgumentError("record: layers are known only of a network that can be traced, this one runs as a plain function")
-    wanted = {record: "all"} if isinstance(record, str) else record
+    wanted: Any = {record: "all"} if isinstance(record, str) else record
     if not isinstance(wanted, Mapping):
-        wanted = dict.fromkeys(wanted, "all")
+        try:
+            wanted = dict.fromkeys(wanted, "all")
+        except TypeError:
+            raise ArgumentError(f"record: got {record!r}, wanted a layer's name, several, or {{layer: channels}}") from None
     return [Record(name, network.node(name).index, _channels(network, name, asked)) for name, asked in wanted.items()]
 
 
 def _channels(network: Network, name: str, asked: Any) -> Any:
-    if isinstance(asked, str):
-        if asked not in ("all", "strongest", "strongest_max"):
-            wanted = "channel numbers, 'all', 'strongest' or 'strongest_max'"
-            raise ArgumentError(f"record: got {asked!r} for {name}, wanted {wanted}")
+    if isinstance(asked, str) and asked in ("all", "strongest", "strongest_max"):
         return asked
-    numbers = [asked] if isinstance(asked, int) else [int(k) for k in asked]
+    try:
+        several = asked if isinstance(asked, Iterable) and getattr(asked, "ndim", 1) != 0 else [asked]
+        numbers = [whole_number(k) for k in several]
+    except TypeError:
+        wanted = "channel numbers, 'all', 'strongest' or 'strongest_max'"
+        raise ArgumentError(f"record: got {asked!r} for {name}, wanted {wanted}") from None
     limit = network.node(name).shape[0]
     outside = [k for k in numbers if not 0 <= k < limit]
     if outside or not numbers:

@@ -42,7 +42,8 @@ class Rerun:
     def clean(self) -> tuple[Tensor, list[Record]]:
         outputs, records = [], self.records
         for start in range(0, len(self.images), self.batch):
-            output, maps = self._forward(self.images[start : start + self.batch])
+            images = self.images[start : start + self.batch]
+            output, maps = self._forward(images if isinstance(self.net, Network) else images.clone())
             outputs.append(output)
             found = [record.on_clean(maps[record.node]) for record in self.records]
             records = [one.joined(other) for one, other in zip(records, found, strict=True)] if start else found
@@ -58,11 +59,14 @@ class Rerun:
             yield Visited(some, output, found)
 
     def _forward(self, images: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """``images`` are this call's own: a function may work in place."""
         if not isinstance(self.net, Network):
             output = self.net(images)
-            if not isinstance(output, Tensor) or len(output) != len(images):
+            if not isinstance(output, Tensor) or output.shape[:1] != images.shape[:1]:
                 got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
                 raise ArgumentError(f"net: returned {got} for {len(images)} images, wanted a tensor with a row for each")
+            if not output.is_floating_point():
+                raise ArgumentError(f"net: returned {output.dtype}, wanted floating point; return output.float()")
             return output.detach(), {}
         graph = self.net.graph
         target = graph.outputs[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from conelens.errors import ArgumentError
 from conelens.operators import Pair
 
 BORDERS = ("flush", "clip")
-Fill = float | str | Sequence[float] | Tensor | Callable[[Tensor], Tensor]
+_FILLS = "a number, one per channel, a tensor or array, a function, 'mean' or 'blur'"
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +115,7 @@ def _axis(cells: int, length: int, step: int, border: str) -> tuple[np.ndarray, 
 def pair(value: int | Sequence[int], name: str) -> Pair:
     """(height, width) from one positive whole number or two, of whatever integer type."""
     try:
-        both = [operator.index(v) for v in (value if isinstance(value, Sequence) else (value, value)) if v is not True]
+        both = [whole_number(v) for v in (value if isinstance(value, Sequence) else (value, value))]
     except TypeError:
         both = []
     if len(both) != 2 or min(both) < 1:
@@ -123,28 +123,41 @@ def pair(value: int | Sequence[int], name: str) -> Pair:
     return both[0], both[1]
 
 
+def whole_number(value: Any) -> int:
+    """``value`` of any integer type as int; TypeError for everything else, a bool among them."""
+    if isinstance(value, bool):
+        raise TypeError(f"{value} is no number")
+    return operator.index(value)
+
+
 def fill_images(fill: Any, images: Tensor, window: Pair) -> Tensor:
     """What the windows show of each image, as images [N, C, H, W].
 
-    ``fill`` is a number, one number per channel, a tensor that broadcasts to [N, C, H, W] (the network's input space), "mean"
-    (each image's own mean per channel), "blur" (the image blurred so that nothing of the window's size is left: a Gaussian with
-    a standard deviation of half the window), or a function of the images.
+    ``fill`` is a number, one number per channel, a tensor or array that broadcasts to [N, C, H, W] (the network's input space),
+    "mean" (each image's own mean per channel), "blur" (the image blurred so that nothing of the window's size is left: a
+    Gaussian with a standard deviation of half the window), or a function of the images.
     """
     count, channels = images.shape[:2]
     if isinstance(fill, str):
+        if fill in ("mean", "blur") and not images.is_floating_point():
+            raise ArgumentError(f"fill: {fill!r} needs floating-point images, got {images.dtype}; give a number or a tensor")
         if fill == "mean":
             return images.mean((2, 3), keepdim=True).expand_as(images)
         if fill == "blur":
             return _blurred(images, window)
-        raise ArgumentError(f"fill: got {fill!r}, wanted a number, one per channel, a tensor, a function, 'mean' or 'blur'")
-    value = fill(images) if callable(fill) else fill
+        raise ArgumentError(f"fill: got {fill!r}, wanted {_FILLS}")
+    value = fill(images.clone()) if callable(fill) else fill  # a copy: the function may work in place
     if not isinstance(value, Tensor):
-        value = torch.as_tensor(value, dtype=images.dtype)
-        if value.ndim > 1 or (value.ndim == 1 and len(value) not in (1, channels)):
-            raise ArgumentError(f"fill: got {tuple(value.shape)} numbers, wanted one, or one for each of {channels} channels")
-    elif value.ndim == 1 and len(value) not in (1, channels):
-        raise ArgumentError(f"fill: got a tensor of {len(value)} numbers, wanted one for each of {channels} channels")
+        try:
+            if isinstance(value, np.ndarray):
+                value = torch.from_numpy(value.copy())  # torch takes no negative strides
+            else:
+                value = torch.as_tensor(value, dtype=images.dtype)
+        except (TypeError, ValueError, RuntimeError):
+            raise ArgumentError(f"fill: got {value!r}, wanted {_FILLS}") from None
     if value.ndim == 1:
+        if len(value) not in (1, channels):
+            raise ArgumentError(f"fill: got {len(value)} numbers, wanted one, or one for each of {channels} channels")
         value = value.reshape(-1, 1, 1)
     try:
         filled = value.to(images).broadcast_to((count, *images.shape[1:]))
