@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +14,7 @@ from conelens.data import Preprocess
 from conelens.errors import ArgumentError
 from conelens.heatmaps import LABEL_COLOURS, Heat, Labels, OcclusionRow, label_colours, occlusion_figure, overlay, tell, viridis
 from conelens.occlusion import Sweep, ZeilerFergus, make_windows
-from conelens.report.occlusion import figure_row, label_panel, occlusion_page, summary
+from conelens.report.occlusion import drop_overlay, figure_row, label_panel, occlusion_page, summary
 
 RECIPE = Preprocess((12, 12))
 NAMES = ("ant", "bee", "cat", "dog", "emu", "fox", "gnu", "hen", "ibis")
@@ -58,7 +61,15 @@ def test_an_overlay_is_red_where_much_is_lost_blue_where_gained_and_plain_elsewh
 
 @pytest.mark.parametrize(
     ("value", "percent", "text"),
-    [(0.5, True, "50%"), (0.004, True, "<1%"), (0.0, True, "0%"), (1234.5, False, "1234"), (0.0432, False, "0.043")],
+    [
+        (0.5, True, "50%"),
+        (0.004, True, "<1%"),
+        (0.0, True, "0%"),
+        (1234.5, False, "1234"),
+        (0.0432, False, "0.043"),
+        (math.nan, True, "not a number"),
+        (math.nan, False, "not a number"),
+    ],
 )
 def test_values_are_told_in_few_figures(value: float, percent: bool, text: str) -> None:
     assert tell(value, percent) == text
@@ -165,3 +176,33 @@ def test_the_page_has_a_section_with_both_pictures_per_image() -> None:
     names = [figure.name for section in page.sections for figure in section.figures]
     assert names == ["occlusion_000_a", "overlay_000_a", "occlusion_001_a", "overlay_001_a"]
     assert all(isinstance(figure.image, Image.Image) for section in page.sections for figure in section.figures)
+
+
+def test_the_page_of_a_grid_of_ones_own_tells_the_largest_window() -> None:
+    own = panels(torch.ones(3, 3, dtype=torch.int64))
+    own.sweep.about["stride"] = None
+    page = occlusion_page("t", ["a"], [own], RECIPE, NAMES)
+    assert "Windows of 6 x 6 pixels at most: 9 places" in page.intro
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_what_is_no_number_is_said_and_grey(everywhere: bool, recwarn: pytest.WarningsRecorder) -> None:
+    labels = torch.tensor([[1, 1, 1], [2, 1, 1], [1, 1, -1]])
+    some = panels(torch.full((3, 3), -1) if everywhere else labels)
+    assert some.probability is not None
+    some.probability[2, 2] = some.activity[2, 2] = math.nan
+    if everywhere:
+        some = replace(some, probability=some.probability * math.nan, clean_probability=math.nan, activity=some.activity / 0)
+    (line,) = summary(["a.jpg"], [some], NAMES).rows
+    assert line == ("a.jpg", "bee", "not a number" if everywhere else "95%", "not a number at 3,6", line[-1])
+    assert "not a number" in line[-1]
+    assert -1 not in [label for label, _ in label_panel(some, NAMES).legend]
+    assert label_panel(some, NAMES).rest == f"not a number {'100%' if everywhere else '11%'}"
+    picture = some.smooth(some.probability)
+    assert picture[11, 11].isnan()
+    assert bool(picture[0, 0].isnan()) == everywhere, "what is not next to it stays"
+    occlusion_figure([figure_row("a", some, RECIPE, NAMES)])
+    over = np.asarray(drop_overlay("a", some, RECIPE, NAMES))
+    assert over[28 + 440, 8 + 440].tolist() == [226, 228, 232]
+    assert (over[28 + 8, 8 + 8].tolist() == [226, 228, 232]) == everywhere
+    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]

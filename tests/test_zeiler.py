@@ -175,6 +175,21 @@ def test_the_window_shown_is_the_one_swept_on_a_grid_of_ones_own(net: conelens.N
         assert torch.equal(panels.occluded, torch.where(inside, blurred[n], images[n]))
 
 
+def test_a_window_under_which_the_network_gives_nan_is_the_worst_and_has_no_label(
+    net: conelens.Network, images: Tensor
+) -> None:
+    sweep = conelens.occlude(net, images, WINDOW, STRIDE, record=record_strongest("3"))
+    sweep.outputs[1, 2, 0, 3] = torch.nan
+    panels = panels_of(net, images, sweep, "3", 0.0)[1]
+    assert panels.place == (2, 0)
+    assert panels.labels is not None
+    assert (panels.labels == -1).nonzero().tolist() == [[2, 0]]
+    assert panels.probability is not None
+    picture = panels.smooth(panels.probability)
+    assert picture[14, 1].isnan()
+    assert float(picture[1, 14]) == pytest.approx(float(panels.probability[0, 2]))
+
+
 def test_mistakes_are_named_before_the_sweep(
     net: conelens.Network, images: Tensor, classifier: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ Lightness rises with the value all along the colour map, so that order is seen, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,6 +55,8 @@ def label_colours(labels: np.ndarray, order: Sequence[int]) -> np.ndarray:
 
 def tell(value: float, percent: bool = False) -> str:
     """A value as people read it, with two or three figures."""
+    if math.isnan(value):
+        return "not a number"
     if percent:
         return f"{value:.0%}" if value >= 0.01 or value == 0 else "<1%"
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.2g}"
@@ -64,14 +67,14 @@ def overlay(frame: np.ndarray, drop: np.ndarray, title: str = "", percent: bool 
 
     Args:
         frame: uint8 [H, W, 3].
-        drop: float [H, W]. Full colour is the largest magnitude, no colour is zero.
+        drop: float [H, W]. Full colour is the largest magnitude, no colour is zero; NaN is pale grey.
         title: a line above.
         percent: tell drops as shares of one.
         side: pixels of the longer side of the picture.
     """
     if drop.shape != frame.shape[:2]:
         raise ArgumentError(f"drop has shape {drop.shape}, frame {frame.shape}; wanted [H, W] and [H, W, 3] of one size")
-    limit = float(np.abs(drop).max(initial=0.0))
+    limit = float(np.abs(drop[np.isfinite(drop)]).max(initial=0.0))
     grey = np.asarray(Image.fromarray(frame).convert("L"), np.float64)[..., None] * 0.75 + 45
     picture = _scaled(_tinted(grey, drop / (limit or 1.0)), side)
     margin, head, foot = 8, 28, 36
@@ -90,10 +93,11 @@ def overlay(frame: np.ndarray, drop: np.ndarray, title: str = "", percent: bool 
 
 
 def _tinted(ground: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """Grey [H, W, 1] under shares [H, W] in -1..1 of the two colours."""
-    weight = 0.85 * np.abs(share)[..., None]
+    """Grey [H, W, 1] under shares [H, W] in -1..1 of the two colours; NaN pale grey."""
+    known = np.isfinite(share)[..., None]
+    weight = 0.85 * np.abs(np.where(known, share[..., None], 0.0))
     target = np.where(share[..., None] > 0, np.array(_LOSS), np.array(_GAIN))
-    return np.rint(ground + weight * (target - ground)).astype(np.uint8)
+    return np.where(known, np.rint(ground + weight * (target - ground)), _NOWHERE).astype(np.uint8)
 
 
 # ---------------------------------------------------------------------------------------- the figure of a sweep
@@ -209,7 +213,9 @@ class _Panels:
 
     def _heat(self, column: int, heat: Heat) -> None:
         """Values over their colour bar, which begins at zero and marks the lowest one and the clean one."""
-        low, high = min(0.0, heat.lowest), max(heat.clean, float(heat.values.max()))
+        told = [value for value in (heat.lowest, heat.clean) if math.isfinite(value)]
+        highest = float(heat.values.max(initial=-np.inf, where=np.isfinite(heat.values)))
+        low, high = min([0.0, *told]), max([highest, *told])
         high = high if high > low else low + 1.0
         self._map(column, viridis(heat.values, low, high))
         left, y = self._left(column), self._below
@@ -218,8 +224,10 @@ class _Panels:
         ends = (left, left + self.side)
         marks = (("lowest", heat.lowest, y + 14 + _LINE), ("clean", heat.clean, y + 14))
         for name, value, foot in marks:  # the longer line first, so that no line crosses a word
-            x = left + (value - low) / (high - low) * (self.side - 1)
-            self.pen.line((x, y, x, foot), INK, 1)
+            x = float(left)
+            if math.isfinite(value):
+                x += (value - low) / (high - low) * (self.side - 1)
+                self.pen.line((x, y, x, foot), INK, 1)
             _centred(self.pen, x, foot, f"{name} {tell(value, heat.percent)}", ends)
         self._lines(column, [heat.caption], y + 52)
 

@@ -38,7 +38,7 @@ class ZeilerFergus:
             ``patches`` [1 + M, C, h, w] what those images show there (0 beyond their border); ``others`` the M indices.
         label: the correct class, None without a classifier, as are the fields below.
         probability: [rows, cols], panel (d): of ``label``; ``clean_probability`` with nothing covered.
-        labels: [rows, cols] int64, panel (e): the most probable class.
+        labels: [rows, cols] int64, panel (e): the most probable class, -1 where the network gave NaN.
     """
 
     image: Tensor
@@ -62,8 +62,10 @@ class ZeilerFergus:
         return self.sweep.windows.box(*self.place)
 
     def smooth(self, values: Tensor) -> Tensor:
-        """Panel (b) or (d) as a picture [H, W]: bilinear between the windows' centres."""
-        return self.sweep.upsample(values[None])[0]
+        """Panel (b) or (d) as a picture [H, W]: bilinear between the windows' centres, NaN where one of them is not finite."""
+        lost = ~values.isfinite()
+        picture = self.sweep.upsample(values.masked_fill(lost, 0.0)[None])[0]
+        return picture.masked_fill(self.sweep.upsample(lost.to(values)[None])[0] > 0, float("nan"))
 
     def label_map(self) -> Tensor:
         """Panel (e) as a picture [H, W] int64: at each pixel the label of the window whose centre is nearest."""
@@ -201,8 +203,9 @@ def _class_panels(sweep: Sweep, label: Any) -> list[dict[str, Any]]:
     clean = sweep.clean if sweep.classifier == "probabilities" else sweep.clean.softmax(-1)
     labels = sweep.clean_label if label is None else torch.as_tensor(label)
     chosen = labels.expand(len(clean)).tolist()
+    found = sweep.label.masked_fill(sweep.outputs.isnan().any(-1), -1)
     return [
-        {"label": k, "probability": probability[n], "clean_probability": float(clean[n, k]), "labels": sweep.label[n]}
+        {"label": k, "probability": probability[n], "clean_probability": float(clean[n, k]), "labels": found[n]}
         for n, k in enumerate(chosen)
     ]
 

@@ -27,7 +27,9 @@ GUIDE = (
 
 
 def class_name(label: int, classes: Names) -> str:
-    """The class's name, or its number where there are no names."""
+    """The class's name, or its number where there are no names; -1 is what the network gave NaN for."""
+    if label < 0:
+        return "not a number"
     return classes[label] if label < len(classes) else f"class {label}"
 
 
@@ -70,10 +72,10 @@ def summary(names: Names, figures: Sequence[ZeilerFergus], classes: Names = ()) 
 def occlusion_page(title: str, names: Names, figures: Sequence[ZeilerFergus], recipe: Preprocess, classes: Names = ()) -> Page:
     """The page of a sweep: the summary, then per image its row of the figure and its overlay. Names may repeat."""
     about = figures[0].sweep.about
-    settings = (
-        f"Windows of {about['window'][0]} x {about['window'][1]} pixels, every {about['stride'][0]} and {about['stride'][1]} "
-        f"pixels, border {about['border']!r}: {figures[0].sweep.done[0].numel()} places per image."
-    )
+    stride = about["stride"]  # None: a grid of one's own
+    grid = f", every {stride[0]} and {stride[1]} pixels, border {about['border']!r}" if stride else " at most"
+    places = figures[0].sweep.done[0].numel()
+    settings = f"Windows of {about['window'][0]} x {about['window'][1]} pixels{grid}: {places} places per image."
     page = Page(title, f"{GUIDE}\n{settings}", [Section("Summary", tables=[summary(names, figures, classes)])])
     for number, (name, panels) in enumerate(zip(names, figures, strict=True)):
         picture = occlusion_figure([figure_row(name, panels, recipe, classes)])
@@ -93,11 +95,12 @@ def label_panel(panels: ZeilerFergus, classes: Names = ()) -> Labels:
     """Panel (e): the correct class first, then the others by their share of positions; what has no colour left is counted."""
     assert panels.labels is not None
     shares = label_shares(panels)
-    room = len(LABEL_COLOURS)
-    legend = [(label, f"{class_name(label, classes)} {tell(share, True)}") for label, share in shares[:room]]
-    rest = shares[room:]
-    told = f"{len(rest)} more {tell(sum(share for _, share in rest), True)}" if rest else ""
-    return Labels(panels.label_map().cpu().numpy(), legend, told)
+    known = [(label, share) for label, share in shares if label >= 0]
+    shown, rest = known[: len(LABEL_COLOURS)], known[len(LABEL_COLOURS) :]
+    legend = [(label, f"{class_name(label, classes)} {tell(share, True)}") for label, share in shown]
+    told = [f"{len(rest)} more {tell(sum(share for _, share in rest), True)}"] if rest else []
+    told += [f"{class_name(label, classes)} {tell(share, True)}" for label, share in shares if label < 0]
+    return Labels(panels.label_map().cpu().numpy(), legend, ", ".join(told))
 
 
 def label_shares(panels: ZeilerFergus) -> list[tuple[int, float]]:
