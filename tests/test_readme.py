@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+import conelens
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -21,6 +23,14 @@ def test_the_tour_runs_and_gives_the_shapes_it_names() -> None:
     for attribute, comment in told:
         value = eval(attribute, names)
         assert list(value.shape) == [int(n) for n in re.findall(r"\d+", comment)], attribute
+
+
+def test_what_it_names_is_there() -> None:
+    named = set(re.findall(r"`(?:print\()?conelens\.(\w+)", README))
+    assert {"make_windows", "Windows", "Activity"} <= named
+    for name in named - {"compat"}:
+        assert name in conelens.__all__
+        assert getattr(conelens, name) is not None
 
 
 def test_links_and_pictures_exist() -> None:
