@@ -304,6 +304,21 @@ def test_a_sweep_is_saved_meanwhile(room: Path) -> None:
     assert f"going on from {kept} of 121 positions" in resumed.stderr
 
 
+def test_what_is_done_is_kept_when_something_breaks(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(sweep: Sweep) -> None:
+        raise MemoryError("out of memory")
+
+    common = ("occlude", "p0.png", *COMMON[:-1], "1", "--form", "rerun", "--out", "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("conelens.cli.occlusion.OcclusionJob._saving", lambda *_: broken)
+        result = run(*common)
+    one_line_error(result, 1, "out of memory")
+    kept = int(Sweep.load(room / "out").done.sum())
+    assert f"kept in out: {kept} of 121 positions" in result.stderr
+    assert 0 < kept < 121
+    assert f"going on from {kept} of 121" in run(*common).stderr
+
+
 def test_a_disk_that_is_full_for_a_while_does_not_end_a_sweep(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("conelens.cli.occlusion.SAVE_EVERY", 0.0)
     saved, real = [], Sweep.save

@@ -223,15 +223,16 @@ def test_a_map_that_cannot_be_projected_is_refused_before_the_sweep(images: Tens
         conelens.zeiler_fergus(net, images, "1", WINDOW, STRIDE)
 
 
-def test_ctrl_c_while_projecting_keeps_the_finished_sweep(
-    net: conelens.Network, images: Tensor, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("trouble", "raised"), [(KeyboardInterrupt, conelens.SweepInterrupted), (MemoryError, MemoryError)])
+def test_trouble_while_projecting_keeps_the_finished_sweep(
+    net: conelens.Network, images: Tensor, monkeypatch: pytest.MonkeyPatch, trouble: Any, raised: Any
 ) -> None:
     def stopped(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+        raise trouble
 
     with monkeypatch.context() as patch:
         patch.setattr("conelens.occlusion.zeiler.project", stopped)
-        with pytest.raises(conelens.SweepInterrupted) as caught:
+        with pytest.raises(raised) as caught:
             conelens.zeiler_fergus(net, images, "3", WINDOW, STRIDE, 0.3)
     assert caught.value.sweep.complete
     rows = panels_of(net, images, caught.value.sweep, "3", 0.3)

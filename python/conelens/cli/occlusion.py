@@ -121,6 +121,11 @@ class OcclusionJob:
                 raise KeyboardInterrupt(
                     f"{done} of {total} positions are kept in {out}; the same command goes on from there"
                 ) from None
+            except Exception as error:
+                if isinstance(partial := getattr(error, "sweep", None), Sweep):
+                    self._keep(partial, out)
+                    console.say(f"kept in {out}: {int(partial.done.sum())} of {partial.done.numel()} positions")
+                raise
         self._keep(sweep, out)
         return sweep
 

@@ -112,7 +112,8 @@ def zeiler_fergus(
     Raises:
         SweepInterrupted: on Ctrl-C. ``occlude(..., record=record_strongest(layer, strongest), resume=its sweep)`` finishes that
             sweep, and :func:`panels_of` reads the figure off it.
-        ArgumentError, LayerError, UnsupportedOperatorError: before the sweep begins.
+        ArgumentError, LayerError, UnsupportedOperatorError: before the sweep begins. Whatever goes wrong later has what is
+            done of the sweep as its attribute ``sweep``.
     """
     record = record_strongest(layer, strongest)
     check_figure(net, images, layer, label, others, count)
@@ -121,6 +122,10 @@ def zeiler_fergus(
         return panels_of(net, images, sweep, layer, fill, label=label, strongest=strongest, others=others, count=count)
     except KeyboardInterrupt:
         raise SweepInterrupted(sweep) from None
+    except Exception as error:
+        error.sweep = sweep  # type: ignore[attr-defined]
+        error.add_note("the sweep is finished: panels_of(net, images, error.sweep, ...) reads the figure off it")
+        raise
 
 
 def record_strongest(layer: str, strongest: str = "max") -> Mapping[str, str]:
