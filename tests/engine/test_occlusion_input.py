@@ -223,3 +223,32 @@ def test_functions_that_work_in_place_leave_the_images_alone(model: nn.Module, i
 def test_what_a_function_must_return(function: Callable[[Tensor], Tensor], message: str, images: Tensor) -> None:
     with pytest.raises(conelens.ArgumentError, match=message):
         conelens.occlude(function, images, 8, 8, form="rerun")
+
+
+# --- images and settings ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory", ["2G", 2**23, float("nan"), float("inf"), None])
+def test_memory_is_a_number_of_bytes(memory: Any, net: Network, images: Tensor) -> None:
+    with pytest.raises(conelens.ArgumentError, match="memory: got"):
+        conelens.occlude(net, images, 8, 8, memory=memory)
+    assert conelens.occlude(net, images, 8, 8, memory=2e9).complete  # type: ignore[arg-type]
+
+
+def test_refusals_of_images_speak_of_images(model: nn.Module, net: Network, images: Tensor) -> None:
+    for run in (model, lambda x: model(x)):
+        for wrong in (images[:0], images[0], images.numpy(), None):
+            with pytest.raises(conelens.ArgumentError, match=r"^images: got .*wanted"):
+                conelens.occlude(run, wrong, 8, 8, form="rerun")
+    for wrong in (images.float(), images.to("meta")):
+        with pytest.raises(conelens.ArgumentError, match=r"^images: "):
+            conelens.occlude(model, wrong, 8, 8)
+    with pytest.raises(conelens.ArgumentError, match="fill: 'mean' needs floating-point images"):
+        conelens.occlude(lambda x: x.double().flatten(1), images.byte(), 8, 8, "mean", form="rerun")
+
+
+def test_images_and_fills_that_want_gradients(net: Network, images: Tensor) -> None:
+    plain = conelens.occlude(net, images, 8, 8, images.flip(3))
+    sweep = conelens.occlude(net, images.requires_grad_(), 8, 8, images.flip(3))
+    assert torch.equal(sweep.outputs, plain.outputs)
+    assert sweep.about == plain.about

@@ -144,7 +144,10 @@ def fill_images(fill: Any, images: Tensor, window: Pair) -> Tensor:
         if fill == "mean":
             return images.mean((2, 3), keepdim=True).expand_as(images)
         if fill == "blur":
-            return _blurred(images, window)
+            blurred = torch.empty_like(images)
+            for out, image in zip(blurred, images):  # one by one: what blurring needs besides is several times its image
+                out.copy_(_blurred(image[None], window)[0])
+            return blurred
         raise ArgumentError(f"fill: got {fill!r}, wanted {_FILLS}")
     value = fill(images.clone()) if callable(fill) else fill  # a copy: the function may work in place
     if not isinstance(value, Tensor):
@@ -165,9 +168,14 @@ def fill_images(fill: Any, images: Tensor, window: Pair) -> Tensor:
         raise ArgumentError(
             f"fill: got shape {tuple(value.shape)}, wanted one that broadcasts to {tuple(images.shape)}"
         ) from None
-    if not bool(torch.isfinite(filled.sum())) and not bool(torch.isfinite(filled).all()):
+    if not all_finite(filled):
         raise ArgumentError("fill: holds NaN or infinity, wanted finite values in the network's input space")
     return filled
+
+
+def all_finite(values: Tensor) -> bool:
+    """Is there neither NaN nor infinity? Without a map of the answers, unless the sum alone overflows."""
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
 def _blurred(images: Tensor, window: Pair) -> Tensor:
