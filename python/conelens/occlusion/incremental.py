@@ -18,7 +18,7 @@ from conelens.execution import Turn, exact_dtype, forward_whole
 from conelens.network import Network
 from conelens.occlusion.engine import Visited
 from conelens.occlusion.forms import Patches, form_for
-from conelens.occlusion.records import Record, activity
+from conelens.occlusion.records import Record, activity, run_clean
 from conelens.occlusion.regions import Batch, SweepRegions, peak_cells, sweep_regions
 from conelens.occlusion.windows import Windows, inside_boxes
 
@@ -57,20 +57,21 @@ class Incremental:
         self.tail_units = self._share_of_memory(self._tail_cells(), TAIL_UNITS)
 
     def clean(self) -> tuple[Tensor, list[Record]]:
-        outputs, records = [], self.records
-        for start in range(0, len(self.images), self.group):
-            cache = self._cache(start)
+        outputs, self.records = run_clean(self.records, self._clean_parts())
+        return outputs, self.records
+
+    def _clean_parts(self) -> Iterator[tuple[Tensor, Patches]]:
+        """Outputs and maps, group after group; from a map on which changes are not to be added, in the other form."""
+        start = 0
+        while start < len(self.images):
+            cache, end = self._cache(start), start + self.group
             if self.form == "delta" and any(map(_uneven, [self.part(self.images, start), *cache.values()])):
                 if self._free:
                     self._plan("gather")
-                    return self.clean()
-                if not all(bool(torch.isfinite(maps).all()) for maps in cache.values()):
+                elif not all(bool(torch.isfinite(maps).all()) for maps in cache.values()):
                     raise ArgumentError("form: 'delta' needs finite activations, but a layer overflows; use form='gather'")
-            outputs.append(self.net.as_returned(cache[self.output]))
-            found = [record.on_clean(cache[record.node]) for record in self.records]
-            records = [one.joined(other) for one, other in zip(records, found, strict=True)] if start else found
-        self.records = records
-        return torch.cat(outputs), records
+            yield self.net.as_returned(cache[self.output]), cache
+            start = end
 
     def visit(self, units: np.ndarray) -> Iterator[Visited]:
         for start in range(0, len(self.images), self.group):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -58,6 +59,17 @@ def activity(maps: Tensor) -> tuple[Tensor, Tensor]:
     live = maps.clamp_min(0).flatten(2)
     kept = maps.dtype if maps.dtype in (torch.float32, torch.float64) else torch.float32
     return live.sum(2, dtype=torch.float64).to(kept), live.amax(2).to(kept)
+
+
+def run_clean(
+    records: list[Record], parts: Iterable[tuple[Tensor, Mapping[int, Tensor]]]
+) -> tuple[Tensor, list[Record]]:  # fmt: skip
+    """Outputs [N, ...] and ``records`` of the images as they are, from ``parts``: (output, {node: maps}) of some of them."""
+    outputs, found = [], []
+    for output, maps in parts:
+        outputs.append(output)
+        found.append([record.on_clean(maps[record.node]) for record in records])
+    return torch.cat(outputs), [functools.reduce(Record.joined, same) for same in zip(*found, strict=True)]
 
 
 def read_records(network: Network | None, record: str | Sequence[str] | Mapping[str, Any] | None) -> list[Record]:

@@ -13,7 +13,7 @@ from conelens.errors import ArgumentError
 from conelens.execution import exact_dtype, forward_whole
 from conelens.network import Network
 from conelens.occlusion.engine import Visited
-from conelens.occlusion.records import Record, activity
+from conelens.occlusion.records import Record, activity, run_clean
 from conelens.occlusion.windows import Windows, occluded
 
 BATCH = 64  # images at once; larger batches do not run faster on any device measured
@@ -40,15 +40,9 @@ class Rerun:
         self.batch = max(1, min(BATCH, memory // (4 * per_image * images.element_size())))
 
     def clean(self) -> tuple[Tensor, list[Record]]:
-        outputs, records = [], self.records
-        for start in range(0, len(self.images), self.batch):
-            images = self.images[start : start + self.batch]
-            output, maps = self._forward(images if isinstance(self.net, Network) else images.clone())
-            outputs.append(output)
-            found = [record.on_clean(maps[record.node]) for record in self.records]
-            records = [one.joined(other) for one, other in zip(records, found, strict=True)] if start else found
-        self.records = records
-        return torch.cat(outputs), records
+        parts = (images if isinstance(self.net, Network) else images.clone() for images in self.images.split(self.batch))
+        outputs, self.records = run_clean(self.records, map(self._forward, parts))
+        return outputs, self.records
 
     def visit(self, units: np.ndarray) -> Iterator[Visited]:
         for start in range(0, len(units), self.batch):
