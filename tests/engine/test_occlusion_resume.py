@@ -215,3 +215,21 @@ def test_no_further_copies_of_all_images() -> None:
     shared, blurred = map(float, run.stdout.split())
     assert shared < 0.9
     assert blurred < 2.5
+
+
+def test_the_form_may_change_with_a_later_group_of_images() -> None:
+    """The second image, alone in its group, has a spot on which changes are not to be added; the first is not lost."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 5))
+    net = conelens.trace(model.eval(), (3, 160, 160))
+    images = torch.randn(3, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+    settings: dict[str, Any] = {"window": 80, "stride": 80, "memory": 2**24, "record": {"0": "strongest"}}
+    assert conelens.occlude(net, images, **settings).about["form"] == "delta"
+    images[1, :, 20:24, 20:24] = 1e6
+    sweep = conelens.occlude(net, images, **settings)
+    assert sweep.about["form"] == "gather"
+    expected = conelens.occlude(net, images, **settings | {"form": "rerun"})
+    for ours, theirs in ((sweep, expected), (sweep.recorded("0"), expected.recorded("0"))):
+        for name, value in vars(ours).items():
+            if isinstance(value, Tensor):
+                assert torch.allclose(value, getattr(theirs, name), rtol=1e-4, atol=1e-5), name
