@@ -94,7 +94,7 @@ def _merged(groups: list[np.ndarray], layers: list[_Layer], overhead: float) -> 
     totals = np.array([float((layer.taps(alive, alive) * count).sum()) for layer in layers])
     weights = np.array([layer.channels for layer in layers])
     extra = np.zeros((len(groups), len(groups), len(layers)))
-    for i in alive:
+    for i in range(len(groups)):
         _compare(extra, layers, count, i, alive)
     while len(alive) > 1:
         worse = extra[np.ix_(alive, alive)]
@@ -104,7 +104,7 @@ def _merged(groups: list[np.ndarray], layers: list[_Layer], overhead: float) -> 
         pairs = _cheapest(cost, saved, max(1, len(alive) // AT_ONCE))
         if not pairs:
             break
-        merged = [(alive[a], alive[b]) for a, b in pairs]
+        merged = [(int(alive[a]), int(alive[b])) for a, b in pairs]
         alive = np.setdiff1d(alive, [j for _, j in merged])
         for i, j in merged:
             totals = totals + extra[i, j]

@@ -96,8 +96,17 @@ class Gather:
             layout = torch.channels_last if patch.dtype != torch.float64 else torch.contiguous_format
             self._filters[turn.node] = op.weight.contiguous(memory_format=layout)
         return ops.conv2d_windows(
-            cache[source], patch, batch.origin(held), batch.origin(read), self._filters[turn.node], op.bias, op.stride,
-            op.dilation, out_size=out.size, rows=batch.image, relu=turn.rectified,
+            cache[source],
+            patch,
+            batch.origin(held),
+            batch.origin(read),
+            self._filters[turn.node],
+            op.bias,
+            op.stride,
+            op.dilation,
+            out_size=out.size,
+            rows=batch.image,
+            relu=turn.rectified,
         )
 
     def full(self, node: int, patch: Tensor, clean: Tensor, batch: Batch) -> Tensor:
@@ -108,7 +117,7 @@ class Gather:
 
 
 class Delta:
-    """Patches of changes. ``memory``: bytes that filters of fully connected layers may take in a second layout, for one sweep."""
+    """Patches of changes. ``memory``: bytes that filters of fully connected layers may take in a second layout."""
 
     name = "delta"
 

@@ -59,7 +59,7 @@ def occlude(
             "strongest_max" (with the largest maximum).
         form: how: "delta" (changes travel through the network), "gather" (changed regions with their surroundings), "rerun"
             (everything, for every position), or "auto".
-        memory: bound in bytes for everything besides the result itself.
+        memory: bound in bytes for all tensors besides the result; kernels that libraries compile and keep come on top.
         progress: called with (positions done, positions in all); positions whose window shows what is there anyway are done
             at once.
         checkpoint: called with the sweep as far as it is, again and again, so that a long one can be saved every few minutes.
