@@ -171,7 +171,7 @@ def test_a_row_is_cut_to_where_the_projections_are() -> None:
 def test_the_page_has_a_section_with_both_pictures_per_image() -> None:
     same = panels(torch.tensor([[1, 1, 1], [3, 3, 2], [5, 6, 1]]))
     page = occlusion_page("t", ["a", "a"], [same, same], RECIPE, NAMES)
-    assert "6 x 6 pixels, every 3 and 3 pixels" in page.intro
+    assert "6 x 6 pixels, every 3 pixels" in page.intro
     assert "9 places" in page.intro
     names = [figure.name for section in page.sections for figure in section.figures]
     assert names == ["occlusion_000_a", "overlay_000_a", "occlusion_001_a", "overlay_001_a"]

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 import conelens
 from conelens.network import Network
+from conelens.occlusion import incremental
+from tests.kit.compare import relative
+from tests.kit.occlusion import Classifier
 
 SETTINGS: dict[str, Any] = {"window": 6, "stride": 3, "memory": 2**24, "form": "rerun"}
 
@@ -233,3 +236,31 @@ def test_the_form_may_change_with_a_later_group_of_images() -> None:
         for name, value in vars(ours).items():
             if isinstance(value, Tensor):
                 assert torch.allclose(value, getattr(theirs, name), rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.parametrize("form", ["gather", "delta"])
+def test_ctrl_c_between_portions_keeps_what_has_run(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions wait for whole maps in portions of hundreds; those that wait when Ctrl-C comes are finished."""
+    model = Classifier("VGG", "flatten").eval()
+    images = torch.randn(1, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    calls = itertools.count(1)
+    head = incremental._Pass._head
+
+    def stops(self: Any, *args: Any) -> Any:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return head(self, *args)
+
+    monkeypatch.setattr(incremental._Pass, "_head", stops)
+    with pytest.raises(conelens.SweepInterrupted) as stopped:
+        conelens.occlude(model, images, 12, 4, form=form, memory=2**24)
+    monkeypatch.undo()
+    part = stopped.value.sweep
+    assert 0 < int(part.done.sum()) < min(part.done.numel(), incremental.TAIL_UNITS)
+    whole = conelens.occlude(model, images, 12, 4, form=form)
+    assert relative(part.outputs[part.done], whole.outputs[part.done]) < 1e-12
+
+
+def test_images_that_the_model_does_not_take() -> None:
+    with pytest.raises(conelens.ArgumentError, match="images: the model does not take images"):
+        conelens.occlude(Classifier("VGG", "mean").eval(), torch.zeros(1, 4, 64, 64, dtype=torch.float64), 12, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -109,7 +110,9 @@ class OcclusionJob:
             if kept.complete:
                 return kept
         chosen = self.settings
+        grid = make_windows(self.bench.net.input_shape[1:], chosen.window, chosen.stride, chosen.border)
         with console.progress("positions") as report:
+            report(0 if kept is None else int(kept.done.sum()), len(self.images) * math.prod(grid.shape))
             try:
                 sweep = occlude(
                     self.bench.net, self.images, chosen.window, chosen.stride, self.fill, chosen.border, record=self.record,

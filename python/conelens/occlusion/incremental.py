@@ -25,7 +25,8 @@ from conelens.occlusion.windows import Windows, inside_boxes
 # Bytes of live patches beyond which more positions at once do not run faster (benchmarks/NOTES.md).
 HEAD_BYTES = {"cpu": 3 * 2**26, "cuda": 2**33}
 # Positions whose whole maps the tail takes at once: fully connected layers read their weights once for all of them.
-TAIL_UNITS = 4096
+# No more than that, so that progress is told, and Ctrl-C loses nothing, every few seconds.
+TAIL_UNITS = 512
 # Changes are not added to maps whose largest cell is this many times the usual one (photographs: up to about 200).
 UNEVEN = 500.0
 
@@ -132,7 +133,15 @@ class _Pass:
         self.pending: list[_Pending] = []
 
     def run(self, units: np.ndarray) -> Iterator[Visited]:
-        """``units`` [U, 3], class by class; results come when enough of them are together."""
+        """``units`` [U, 3], class by class; results come when enough of them are together, or on Ctrl-C."""
+        try:
+            yield from self._portions(units)
+        except KeyboardInterrupt:
+            if self.pending:
+                yield self._finish()
+            raise
+
+    def _portions(self, units: np.ndarray) -> Iterator[Visited]:
         for classes in itertools.product(self.regions.row_classes, self.regions.column_classes):
             row, column = (_index_in(kind.members, units[:, 1 + axis]) for axis, kind in enumerate(classes))
             mine = np.flatnonzero((row >= 0) & (column >= 0))

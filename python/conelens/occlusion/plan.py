@@ -74,9 +74,9 @@ class SweepPlan:
         factors = self.factors
         return "\n".join([
             *(line.rstrip() for line in table),
-            f"{self.positions} positions in {self.classes[0]} x {self.classes[1]} classes; the whole network is "
-            f"{factors['planned']:.2f} times the planned work",
-            f"({factors['krypton']:.2f} by Krypton's rule, {factors['gather']:.2f} by exact regions, "
+            f"{self.positions} positions per image, in {self.classes[0]} x {self.classes[1]} groups that share calls",
+            f"running everything is {factors['planned']:.2f} times the planned work",
+            f"({factors['krypton']:.2f} if all regions were as large as the largest, {factors['gather']:.2f} by exact regions, "
             f"{factors['delta']:.2f} by changed inputs alone)",
         ])  # fmt: skip
 

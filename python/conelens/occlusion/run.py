@@ -148,6 +148,8 @@ def _traced(net: Any, images: Tensor, form: str) -> Network | Callable[[Tensor],
                 raise
             warnings.warn(f"the whole network runs anew for every position, because it cannot be traced: {error}", stacklevel=3)
             return net
+        except RuntimeError as error:
+            raise ArgumentError(f"images: the model does not take images {list(images.shape[1:])} ({error})") from error
     if not callable(net):
         raise ArgumentError(f"net: got {type(net).__name__}, wanted a traced network, a module or a function of images")
     if form in ("delta", "gather"):

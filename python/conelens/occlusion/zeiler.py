@@ -94,7 +94,8 @@ def zeiler_fergus(
     memory: int = DEFAULT_MEMORY,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[ZeilerFergus]:
-    """Zeiler & Fergus' occlusion figure for each image, from one sweep. :mod:`conelens.report` draws it.
+    """Zeiler & Fergus' occlusion figure for each image, from one sweep. :func:`conelens.report.occlusion.figure_row` and
+    :func:`conelens.heatmaps.occlusion_figure` draw it.
 
     Args:
         net: from :func:`conelens.trace`.

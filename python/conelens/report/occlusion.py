@@ -73,9 +73,14 @@ def occlusion_page(title: str, names: Names, figures: Sequence[ZeilerFergus], re
     """The page of a sweep: the summary, then per image its row of the figure and its overlay. Names may repeat."""
     about = figures[0].sweep.about
     stride = about["stride"]  # None: a grid of one's own
-    grid = f", every {stride[0]} and {stride[1]} pixels, border {about['border']!r}" if stride else " at most"
+    step = "" if not stride else f"{stride[0]}" if stride[0] == stride[1] else f"{stride[0]} (down) and {stride[1]} (across)"
+    grid = f", every {step} pixels, border {about['border']!r}" if stride else " at most"
     places = figures[0].sweep.done[0].numel()
-    settings = f"Windows of {about['window'][0]} x {about['window'][1]} pixels{grid}: {places} places per image."
+    settings = (
+        f"Windows of {about['window'][0]} x {about['window'][1]} pixels{grid}: {places} places per image, "
+        f"filled with {about.get('fill', 'nothing told')} in the network's input space. Layer {figures[0].layer}. "
+        "Shares in the legend of (e) are shares of the places."
+    )
     page = Page(title, f"{GUIDE}\n{settings}", [Section("Summary", tables=[summary(names, figures, classes)])])
     for number, (name, panels) in enumerate(zip(names, figures, strict=True)):
         picture = occlusion_figure([figure_row(name, panels, recipe, classes)])
