@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -85,3 +88,17 @@ def compiled(function: Callable[..., Tensor], *args: object) -> Run:
 
 def random(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
     return torch.randn(shape, device=DEVICE).to(dtype).contiguous(memory_format=layout)
+
+
+def write_rows(rows: Iterable[Any], file: TextIO, deadline: float) -> int:
+    """Print each row and append it to ``file`` as soon as it is measured, until ``deadline``; 1 where a result is wrong."""
+    wrong = 0
+    for row in rows:
+        print(row, flush=True)
+        file.write(json.dumps(asdict(row)) + "\n")
+        file.flush()
+        wrong += " is wrong" in row.problem
+        if time.monotonic() > deadline:
+            print("the time is used up: the rest was not measured")
+            break
+    return 1 if wrong else 0

@@ -10,10 +10,9 @@ import argparse
 import copy
 import importlib.util
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -268,17 +267,8 @@ def main() -> int:
     options = parser.parse_args()
     deadline = time.monotonic() + options.seconds
     images = torch.randn(IMAGES, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(measure.DEVICE)
-    wrong = 0
     with options.out.open("a") as file, torch.inference_mode():
-        for row in table(images):
-            print(row, flush=True)
-            file.write(json.dumps(asdict(row)) + "\n")
-            file.flush()
-            wrong += " is wrong" in row.problem
-            if time.monotonic() > deadline:
-                print("the time is used up: the rest was not measured")
-                break
-    return 1 if wrong else 0
+        return measure.write_rows(table(images), file, deadline)
 
 
 if __name__ == "__main__":

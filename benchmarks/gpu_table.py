@@ -236,19 +236,11 @@ def main() -> int:
     machine = measure.measure_machine()
     name = torch.cuda.get_device_name()
     print(f"{name}: copy {machine.copy / 1e9:.2f} TB/s, bf16 matrices {machine.matmul / 1e9:.0f} TFLOP/s")
-    wrong = 0
     with options.out.open("a") as file:
         about = {"device": name, "torch": torch.__version__, **asdict(machine)}
         file.write(json.dumps(about) + "\n")
-        for row in itertools.chain.from_iterable(section(machine) for section in SECTIONS):
-            print(row, flush=True)
-            file.write(json.dumps(asdict(row)) + "\n")
-            file.flush()
-            wrong += " is wrong" in row.problem
-            if time.monotonic() > deadline:
-                print("the time is used up: the rest was not measured")
-                break
-    return 1 if wrong else 0
+        rows = itertools.chain.from_iterable(section(machine) for section in SECTIONS)
+        return measure.write_rows(rows, file, deadline)
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def sweep_macs(graph: Graph, order: Sequence[int], rows: AxisSpans, columns: Axi
         node, op = graph[index], graph[index].op
         if isinstance(op, Conv2d):
             per_pair = float(op.weight.shape[0] * op.weight.shape[1])  # one tap of one output cell
-            taps = op.weight.shape[2] * op.weight.shape[3]
+            taps = op.taps(0) * op.taps(1)
             source = node.inputs[0]
             pairs = [_pairs(op, axis, axes[axis].spans[source], graph[source].size[axis], node.size[axis]) for axis in (0, 1)]
             result.append(
@@ -152,7 +152,7 @@ def sweep_macs(graph: Graph, order: Sequence[int], rows: AxisSpans, columns: Axi
 def _pairs(op: Conv2d, axis: int, changed: Interval, in_size: int, out_size: int) -> float:
     """(output, tap) pairs along ``axis`` that read a changed input, summed over the positions."""
     stride, dilation, start = op.stride[axis], op.dilation[axis], op.padding[axis]
-    cells = np.arange(out_size)[:, None] * stride - start + np.arange(op.weight.shape[2 + axis])[None] * dilation
+    cells = np.arange(out_size)[:, None] * stride - start + np.arange(op.taps(axis))[None] * dilation
     taps = np.bincount(cells[(cells >= 0) & (cells < in_size)], minlength=in_size)
     before = np.concatenate([[0], np.cumsum(taps)])
     return float((before[np.maximum(changed[1], changed[0])] - before[changed[0]]).sum())

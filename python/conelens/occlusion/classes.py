@@ -50,7 +50,7 @@ class _Layer:
     def taps(self, i: np.ndarray | int, j: np.ndarray | int) -> np.ndarray:
         """(output, tap) pairs along the axis for one position of class ``i`` merged with class ``j``."""
         out, held = np.maximum(self.out[i], self.out[j]), np.maximum(self.held[i], self.held[j])
-        kernel = self.op.weight.shape[2 + self.axis]
+        kernel = self.op.taps(self.axis)
         if not self.delta:
             return out * kernel
         lead = np.minimum(self.least[i], self.least[j])

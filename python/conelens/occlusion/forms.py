@@ -71,7 +71,7 @@ class Gather:
         op = turn.op
         if turn.passed or turn.in_place:  # such a ReLU changes the same cells as the convolution before it, which rectifies
             return patches[turn.sources[0]]
-        whole = batch.whole(turn.node) and all(batch.whole(source) for source in turn.sources)
+        whole = batch.runs_whole(turn)
         reads = [] if whole else [batch.read(turn.node, edge) for edge in range(len(turn.sources))]
         inputs = [patches[source] for source in turn.sources]
         if isinstance(op, Conv2d) and op.groups == 1 and not whole:
@@ -189,7 +189,7 @@ class Delta:
     def _nonlinear(self, turn: Turn, inputs: list[Tensor], cache: Patches, batch: Batch) -> Tensor:
         """Values through the operator, minus the clean ones."""
         node = turn.node
-        whole = batch.whole(node) and all(batch.whole(source) for source in turn.sources)
+        whole = batch.runs_whole(turn)
         reads = [_everywhere(batch, source) if whole else batch.read(node, edge) for edge, source in enumerate(turn.sources)]
         values = [
             ops.gather_windows(

@@ -48,6 +48,7 @@ class Incremental:
     def _plan(self, form: str) -> None:
         """Regions, and how many images and positions run together, for a form."""
         self._free = form == "auto"
+        self._held: tuple[int, Patches] | None = None
         self.steps = form_for(form, self.images.device.type, self.images.dtype, self.memory // 4)
         self.form = self.steps.name
         self.regions = sweep_regions(self.graph, self.targets, self.windows, self.images.device.type, self.form == "delta")
@@ -81,9 +82,13 @@ class Incremental:
                 yield from _Pass(self, start, self._cache(start)).run(some)
 
     def _cache(self, start: int) -> Patches:
-        """Clean maps of one group of images."""
-        with exact_dtype(self.images.device):
-            return forward_whole(self.graph, self.part(self.images, start), self.targets, keep=self.cached)
+        """Clean maps of one group of images; those of the last group are kept, so that a single group runs once."""
+        if self._held is None or self._held[0] != start:
+            self._held = None
+            with exact_dtype(self.images.device):
+                maps = forward_whole(self.graph, self.part(self.images, start), self.targets, keep=self.cached)
+            self._held = start, maps
+        return self._held[1]
 
     def part(self, images: Tensor, start: int) -> Tensor:
         """One group of ``images``, in the layout that runs fastest on patches."""

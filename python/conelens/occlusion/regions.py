@@ -115,6 +115,10 @@ class Batch:
         """Is the region of ``node`` its whole map?"""
         return self.region(node).size == self.graph[node].size
 
+    def runs_whole(self, turn: Turn) -> bool:
+        """Is there nothing but whole maps to read and to write?"""
+        return self.whole(turn.node) and all(map(self.whole, turn.sources))
+
     def _place(self, lows: tuple[np.ndarray, ...], sizes: tuple[int, ...]) -> Place:
         low = np.stack([axis[index] for axis, index in zip(lows, self._index, strict=True)], 1)
         return Place(low, (sizes[0], sizes[1]))

@@ -159,9 +159,7 @@ def _traced(net: Any, images: Tensor, form: str) -> Network | Callable[[Tensor],
     return net
 
 
-def _begun(
-    engine: Engine, network: Network | None, windows: Windows, about: dict[str, Any], resume: Sweep | None
-) -> Sweep:  # fmt: skip
+def _begun(engine: Engine, network: Network | None, windows: Windows, about: dict[str, Any], resume: Sweep | None) -> Sweep:
     """The sweep before any position of this call: with nothing done, or ``resume``, which must be of the same kind."""
     clean, records = engine.clean()
     about = about | {"form": engine.form}  # which may depend on the maps of the images as they are
@@ -262,10 +260,10 @@ def _agree(theirs: Tensor, ours: Tensor) -> bool:
 
 def _unchanged(images: Tensor, filled: Tensor, windows: Windows, units: np.ndarray) -> np.ndarray:
     """Bool [U]: does the window show, bit for bit, what is there anyway? Nothing changes then."""
+    rows, columns = (torch.from_numpy(c).to(images.device, torch.float64) for c in windows.covers())
     counts = []
     for image, fill in zip(images, filled):  # one by one: maps of all images at once would be as large as they are
         differs = (image != fill).any(0).to(torch.float64)
-        rows, columns = (torch.from_numpy(c).to(differs) for c in windows.covers())
         counts.append(rows @ differs @ columns.T)
     unchanged: np.ndarray = (torch.stack(counts) == 0).cpu().numpy()
     return unchanged[tuple(units.T)]

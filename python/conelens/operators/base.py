@@ -123,11 +123,33 @@ class Operator:
         return float(channels * height * width)
 
 
-def slide(low: Bound, high: Bound, span: int, stride: int, padding: int, out_size: int) -> tuple[Bound, Bound]:
-    """Placements of a sliding window of ``span`` cells that see an input cell of ``[low, high)``, on the map."""
-    first = -((span - 1 - padding - low) // stride)
-    last = (high - 1 + padding) // stride + 1
-    return np.maximum(first, 0), np.minimum(last, out_size)
+class Sliding(Operator):
+    """A window of taps that slides over the map: convolution and max pooling."""
+
+    stride: Pair
+    padding: tuple[int, ...]  # before the map along y and x first
+    dilation: Pair
+
+    def taps(self, axis: int) -> int:
+        """Taps of the window along ``axis``."""
+        raise NotImplementedError
+
+    def span(self, axis: int) -> int:
+        """Input cells from the first tap to the last."""
+        return self.dilation[axis] * (self.taps(axis) - 1) + 1
+
+    def reach(self, edge: int, axis: int, low: Bound, high: Bound, in_size: int) -> tuple[Bound, Bound]:
+        start = self.padding[axis]
+        return low * self.stride[axis] - start, (high - 1) * self.stride[axis] - start + self.span(axis)
+
+    def spread(self, edge: int, axis: int, low: Bound, high: Bound, in_size: int, out_size: int) -> tuple[Bound, Bound]:
+        stride, start = self.stride[axis], self.padding[axis]
+        first = -((self.span(axis) - 1 - start - low) // stride)
+        last = (high - 1 + start) // stride + 1
+        return np.maximum(first, 0), np.minimum(last, out_size)
+
+    def scale(self, axis: int) -> int:
+        return self.stride[axis]
 
 
 class Input(Operator):

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conelens.operators.base import Bound, Operator, Pair, Step, slide
+from conelens.operators.base import Operator, Pair, Sliding, Step
 
 
 @dataclass(eq=False)
-class Conv2d(Operator):
+class Conv2d(Sliding):
     """Convolution; ``padding`` is (top, left, bottom, right), so that 'same' padding of even kernels is exact."""
 
     weight: Tensor  # [Co, Ci / groups, kh, kw]
@@ -26,19 +26,8 @@ class Conv2d(Operator):
     keeps_zero = False
     linear = True
 
-    def span(self, axis: int) -> int:
-        """Input cells from the first tap to the last."""
-        return self.dilation[axis] * (self.weight.shape[2 + axis] - 1) + 1
-
-    def reach(self, edge: int, axis: int, low: Bound, high: Bound, in_size: int) -> tuple[Bound, Bound]:
-        start = self.padding[axis]
-        return low * self.stride[axis] - start, (high - 1) * self.stride[axis] - start + self.span(axis)
-
-    def spread(self, edge: int, axis: int, low: Bound, high: Bound, in_size: int, out_size: int) -> tuple[Bound, Bound]:
-        return slide(low, high, self.span(axis), self.stride[axis], self.padding[axis], out_size)
-
-    def scale(self, axis: int) -> int:
-        return self.stride[axis]
+    def taps(self, axis: int) -> int:
+        return self.weight.shape[2 + axis]
 
     def forward(self, inputs: Sequence[Tensor], step: Step | None) -> Tensor:
         (x,) = inputs

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conelens import ops
-from conelens.operators.base import Bound, Operator, Pair, Step, inside, slide
+from conelens.operators.base import Bound, Operator, Pair, Sliding, Step, inside
 
 
 @dataclass(eq=False)
-class MaxPool2d(Operator):
+class MaxPool2d(Sliding):
     """Max pooling with switches; its top-down signal goes where the maximum was (Zeiler & Fergus 2014, unpooling)."""
 
     kernel: Pair
@@ -27,19 +27,8 @@ class MaxPool2d(Operator):
     keeps_zero = False  # a window that leaves the map may still reach into it
     outside = -float("inf")
 
-    def span(self, axis: int) -> int:
-        """Input cells from the first tap to the last."""
-        return self.dilation[axis] * (self.kernel[axis] - 1) + 1
-
-    def reach(self, edge: int, axis: int, low: Bound, high: Bound, in_size: int) -> tuple[Bound, Bound]:
-        start = self.padding[axis]
-        return low * self.stride[axis] - start, (high - 1) * self.stride[axis] - start + self.span(axis)
-
-    def spread(self, edge: int, axis: int, low: Bound, high: Bound, in_size: int, out_size: int) -> tuple[Bound, Bound]:
-        return slide(low, high, self.span(axis), self.stride[axis], self.padding[axis], out_size)
-
-    def scale(self, axis: int) -> int:
-        return self.stride[axis]
+    def taps(self, axis: int) -> int:
+        return self.kernel[axis]
 
     def pool(self, x: Tensor, whole: bool, relu: bool) -> tuple[Tensor, Tensor]:
         """(pooled, switches) of a whole map, or of a window without any padding."""
