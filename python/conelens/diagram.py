@@ -84,7 +84,7 @@ def draw_image(nodes: Sequence[DiagramNode]) -> Image.Image:
     for box in boxes:
         for source in box.inputs:
             start, bend, end = _edge(boxes[source], box)
-            pen.line(_bezier(start, *bend, end), _LINE, 1)
+            pen.line(bezier(start, *bend, end), _LINE, 1)
     for box in boxes:
         pen.rounded_rectangle((box.x, box.y, box.x + BOX_WIDTH, box.y + BOX_HEIGHT), 5, box.colour, _LINE)
         pen.text((box.x + 8, box.y + 4), box.title, _INK, large)
@@ -165,7 +165,8 @@ def _edge(source: _Box, target: _Box) -> tuple[Point, tuple[Point, Point], Point
     return start, ((side, start[1]), (side, end[1])), end
 
 
-def _bezier(a: Point, b: Point, c: Point, d: Point, steps: int = 24) -> list[Point]:
+def bezier(a: Point, b: Point, c: Point, d: Point, steps: int = 24) -> list[Point]:
+    """Points of the cubic Bézier curve from ``a`` to ``d`` with control points ``b`` and ``c``, both ends included."""
     points = []
     for i in range(steps + 1):
         t = i / steps

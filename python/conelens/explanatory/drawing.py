@@ -1,0 +1,328 @@
+"""The explanatory graph as a drawing: layers as rows, a patch on each node, the strongest edges; SVG and PNG from one layout."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from io import BytesIO
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from conelens.diagram import bezier
+from conelens.errors import ArgumentError
+from conelens.explanatory.pictures import SIDE, Node, Photographs, check_node, marked, rank_nodes, rank_scores, top_patches
+from conelens.figures import FAINT, INK, PAPER, write
+from conelens.heatmaps import LABEL_COLOURS, Colour
+
+if TYPE_CHECKING:
+    from conelens.explanatory.graph import ExplanatoryGraph
+    from conelens.explanatory.layer import GraphLayer, Placement
+
+PATCH = 84  # pixels of a node's picture
+_GAP_X, _GAP_Y, _MARGIN, _NAMES, _LABEL = 16, 96, 14, 84, 30
+_THIN, _THICK = 0.6, 6.0
+_SMOOTH = 3  # curves are drawn so many times larger, then averaged
+
+Point = tuple[float, float]
+
+
+# ------------------------------------------------------------------------------------------------- what is drawn
+class Link(NamedTuple):
+    """An edge between a node and one of the layer above; ``strength`` as in ``GraphLayer``: larger is stronger."""
+
+    upper: Node
+    lower: Node
+    strength: float
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The part of a graph that is drawn: ``rows`` of nodes, top layer first, and the ``links`` between neighbouring rows."""
+
+    rows: list[list[Node]]
+    links: list[Link]
+
+
+def select(
+    graph: ExplanatoryGraph,
+    placements: Mapping[str, Placement],
+    *,
+    nodes: int = 9,
+    links: int = 3,
+    root: Node | None = None,
+) -> Selection:
+    """The strongest nodes of each layer that hang together, and their strongest edges.
+
+    Nodes are ranked by the sum of their best image scores (:func:`conelens.explanatory.pictures.rank_nodes`). The top row holds
+    the best ranked nodes, those with nodes below first, then one per filter first; or ``root`` alone. Each further row is filled
+    by the nodes above in turn, each with the node below that is not yet drawn and has the largest product of rank and edge
+    strength (those with nodes below themselves first), until ``nodes`` are there. Of a node's edges to drawn nodes the ``links``
+    strongest are drawn.
+
+    Raises:
+        ArgumentError: an unknown layer or node; placements that lack a layer.
+    """
+    if nodes < 1 or links < 1:
+        raise ArgumentError(f"nodes and links: got {nodes} and {links}, wanted at least 1")
+    names = list(reversed(graph.layers))
+    if root is not None:
+        if root.layer not in graph.layers:
+            raise ArgumentError(f"root: got layer {root.layer!r}, wanted one of {', '.join(names)} (the layers of the graph)")
+        check_node(root, graph.layers[root.layer].mean.shape[:2])
+        names = names[names.index(root.layer) :]
+    missing = [name for name in names if name not in placements]
+    if missing:
+        raise ArgumentError(f"placements: they lack {', '.join(missing)}; give all that graph.infer returns")
+    top = [root] if root is not None else _top_row(graph, placements, names, nodes)
+    rows, drawn = [top], []
+    for lower in names[1:]:
+        row = _row_below(graph, placements, names, lower, rows[-1], nodes)
+        drawn += [link for node in row for link in _links(graph, node, rows[-1])[:links]]
+        rows.append(row)
+    return Selection(rows, drawn)
+
+
+def _with_nodes_below(graph: ExplanatoryGraph, names: Sequence[str], layer: str) -> Tensor:
+    """Which nodes of a layer have nodes below them, bool [D, K]: all of them in the bottom layer, which needs none."""
+    shape = graph.layers[layer].mean.shape[:2]
+    if layer == names[-1]:
+        return torch.ones(shape, dtype=torch.bool)
+    found = torch.zeros(shape.numel(), dtype=torch.bool)
+    found[_edges(graph.layers[names[names.index(layer) + 1]])[0].flatten()] = True
+    return found.view(shape)
+
+
+def _top_row(graph: ExplanatoryGraph, placements: Mapping[str, Placement], names: Sequence[str], count: int) -> list[Node]:
+    linked = _with_nodes_below(graph, names, names[0])
+    ranked = rank_nodes(placements, names[0], linked.numel())
+    first = {node.filter: node for node in reversed(ranked)}  # the best one of each filter
+    return sorted(ranked, key=lambda node: (not linked[node.filter, node.node], first[node.filter] != node))[:count]
+
+
+def _row_below(
+    graph: ExplanatoryGraph,
+    placements: Mapping[str, Placement],
+    names: Sequence[str],
+    lower: str,
+    above: Sequence[Node],
+    count: int,
+) -> list[Node]:
+    """The nodes of layer ``lower`` that the nodes ``above`` pick in turn."""
+    layer = graph.layers[lower]
+    linked = _with_nodes_below(graph, names, lower).flatten()
+    ranks = rank_scores(placements[lower]).flatten()
+    edges, strength = _edges(layer)
+    queues = []
+    for node in above:
+        value = ranks * (strength * (edges == _flat(graph, node))).amax(1)
+        order = torch.argsort(value + linked * (value.max() + 1), descending=True, stable=True)
+        queues.append(iter(order[value[order] > 0].tolist()))
+    chosen: dict[int, Node] = {}
+    while queues and len(chosen) < count:
+        still = []
+        for queue in queues:
+            flat = next((flat for flat in queue if flat not in chosen), None)
+            if flat is not None and len(chosen) < count:
+                chosen[flat] = Node(lower, *divmod(flat, layer.mean.shape[1]))
+                still.append(queue)
+        queues = still
+    return list(chosen.values())
+
+
+def _links(graph: ExplanatoryGraph, lower: Node, above: Sequence[Node]) -> list[Link]:
+    """The edges of a node to the nodes ``above``, strongest first."""
+    known = {_flat(graph, node): node for node in above}
+    row = _flat(graph, lower)
+    edges, strength = (values[row].tolist() for values in _edges(graph.layers[lower.layer]))
+    found = [Link(known[parent], lower, value) for parent, value in zip(edges, strength, strict=True) if parent in known]
+    return sorted(found, key=lambda link: -link.strength)
+
+
+def _edges(layer: GraphLayer) -> tuple[Tensor, Tensor]:
+    """Parents [V, M] of a layer's nodes, as numbers among all nodes of the layer above, and how strong the edges are [V, M]."""
+    if layer.edges is None or layer.strength is None:
+        raise ArgumentError(
+            f"graph: layer {layer.name} has no edges though it is not the top one; fit it, or draw another root"
+        )
+    return layer.edges.flatten(0, 1).cpu(), layer.strength.flatten(0, 1).double().cpu()
+
+
+def _flat(graph: ExplanatoryGraph, node: Node) -> int:
+    """A node's number among all of its layer."""
+    return node.filter * graph.layers[node.layer].mean.shape[1] + node.node
+
+
+# ------------------------------------------------------------------------------------------------------ drawing
+@dataclass(frozen=True)
+class _Curve:
+    points: tuple[Point, Point, Point, Point]
+    width: float
+    colour: Colour
+
+
+@dataclass(frozen=True)
+class _Words:
+    at: Point
+    text: str
+    size: int
+    room: float
+    colour: Colour
+
+
+@dataclass(frozen=True)
+class _Tile:
+    at: Point
+    image: Image.Image
+    frame: Colour
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A laid-out graph: :meth:`svg` for pages, :meth:`image` for files of pixels. ``selection`` is what it shows."""
+
+    selection: Selection
+    width: int
+    height: int
+    curves: list[_Curve]
+    tiles: list[_Tile]
+    words: list[_Words]
+
+    def svg(self, title: str = "explanatory graph") -> str:
+        """SVG text with its pictures inside: needs no other file."""
+        parts = [
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{self.width}" height="{self.height}" '
+            f'viewBox="0 0 {self.width} {self.height}" font-family="system-ui, sans-serif">',
+            f"<title>{escape(title)}</title>",
+            f'<rect width="{self.width}" height="{self.height}" fill="{_hex(PAPER)}"/>',
+        ]
+        for curve in self.curves:
+            start, first, second, end = (f"{x:.1f},{y:.1f}" for x, y in curve.points)
+            parts.append(
+                f'<path d="M{start} C{first} {second} {end}" fill="none" stroke="{_hex(curve.colour)}" '
+                f'stroke-width="{curve.width:.2f}"/>'
+            )
+        for tile in self.tiles:
+            (x, y), image = tile.at, tile.image
+            size = f'width="{image.width}" height="{image.height}"'
+            parts += [
+                f'<image x="{x:.1f}" y="{y:.1f}" {size} href="data:image/png;base64,{_png(image)}"/>',
+                f'<rect x="{x:.1f}" y="{y:.1f}" {size} fill="none" stroke="{_hex(tile.frame)}" stroke-width="2"/>',
+            ]
+        for words in self.words:
+            (x, y), style = words.at, f'font-size="{words.size}" fill="{_hex(words.colour)}"'
+            parts.append(f'<text x="{x:.1f}" y="{y + words.size:.1f}" {style}>{escape(words.text)}</text>')
+        return "\n".join([*parts, "</svg>", ""])
+
+    def image(self) -> Image.Image:
+        """The same drawing as a picture."""
+        large = Image.new("RGB", (self.width * _SMOOTH, self.height * _SMOOTH), PAPER)
+        pen = ImageDraw.Draw(large)
+        for curve in self.curves:
+            points = [(x * _SMOOTH, y * _SMOOTH) for x, y in bezier(*curve.points)]
+            pen.line(points, curve.colour, max(1, round(curve.width * _SMOOTH)), joint="curve")
+        sheet = large.resize((self.width, self.height), Image.Resampling.BOX)
+        pen = ImageDraw.Draw(sheet)
+        for tile in self.tiles:
+            x, y = round(tile.at[0]), round(tile.at[1])
+            sheet.paste(tile.image, (x, y))
+            pen.rectangle((x - 1, y - 1, x + tile.image.width, y + tile.image.height), outline=tile.frame, width=2)
+        for words in self.words:
+            write(pen, words.at, words.text, words.size, words.room, words.colour)
+        return sheet
+
+
+def draw_graph(
+    graph: ExplanatoryGraph,
+    placements: Mapping[str, Placement],
+    dataset: Photographs,
+    *,
+    nodes: int = 9,
+    links: int = 3,
+    root: Node | None = None,
+    image: int | None = None,
+    side: int = SIDE,
+) -> Drawing:
+    """Draw what :func:`select` chooses: the top layer on top, edges as wide as they are strong, in the colour of the upper node.
+
+    The strongest of the drawn edges between two layers is the widest.
+
+    Args:
+        graph, placements, nodes, links, root: as for :func:`select`; with ``root`` a node and what it is made of.
+        dataset: the images of ``placements``.
+        image: show every node on this image; None: on the image where its score is highest.
+        side: of a patch, in pixels of the network input.
+    """
+    selection = select(graph, placements, nodes=nodes, links=links, root=root)
+    pool = None if image is None else [image]
+    shown = top_patches(dataset, placements, [n for row in selection.rows for n in row], images=pool, count=1, side=side)
+    pictures = {row.node: row.patches[0] for row in shown if len(row.patches)}
+    return _lay_out(selection, pictures)
+
+
+def _lay_out(selection: Selection, pictures: Mapping[Node, np.ndarray]) -> Drawing:
+    widest = max(len(row) for row in selection.rows)
+    inner = max(2, widest) * (PATCH + _GAP_X) - _GAP_X
+    places: dict[Node, Point] = {}
+    colours: dict[Node, Colour] = {}
+    words: list[_Words] = []
+    for rank, row in enumerate(selection.rows):
+        top = _MARGIN + rank * (PATCH + _LABEL + _GAP_Y)
+        pitch = inner / max(1, len(row))
+        for place, node in enumerate(_ordered(row, selection.links, places)):
+            places[node] = (_MARGIN + _NAMES + (place + 0.5) * pitch - PATCH / 2, top)
+            colours[node] = LABEL_COLOURS[place % len(LABEL_COLOURS)]
+            x = places[node][0]
+            words.append(_Words((x, top + PATCH + 2), f"filter {node.filter}", 11, PATCH, INK))
+            words.append(_Words((x, top + PATCH + 15), f"node {node.node}", 10, PATCH, FAINT))
+        if row:
+            words.append(_Words((_MARGIN, top + PATCH / 2 - 16), row[0].layer, 14, _NAMES - 6, INK))
+            words.append(_Words((_MARGIN, top + PATCH / 2 + 2), f"{len(row)} node{'s'[: len(row) > 1]}", 10, _NAMES - 6, FAINT))
+    curves = []
+    for link, width in zip(selection.links, _widths(selection.links), strict=True):
+        (x0, y0), (x3, y3) = places[link.upper], places[link.lower]
+        start, end = (x0 + PATCH / 2, y0 + PATCH + _LABEL), (x3 + PATCH / 2, y3)
+        middle = (start[1] + end[1]) / 2
+        curves.append(_Curve((start, (start[0], middle), (end[0], middle), end), width, colours[link.upper]))
+    curves.sort(key=lambda curve: curve.width)  # the strongest on top
+    tiles = []
+    for node, at in places.items():
+        patch = pictures.get(node)
+        blank = Image.new("RGB", (PATCH, PATCH), (236, 238, 241))  # not seen on the wanted image
+        tiles.append(_Tile(at, blank if patch is None else marked(patch, PATCH), colours[node]))
+    height = _MARGIN + len(selection.rows) * (PATCH + _LABEL + _GAP_Y) - _GAP_Y
+    return Drawing(selection, 2 * _MARGIN + _NAMES + inner, height, curves, tiles, words)
+
+
+def _ordered(row: Sequence[Node], links: Sequence[Link], places: Mapping[Node, Point]) -> list[Node]:
+    """A row from left to right: each node below the middle of the nodes it is linked to, so that few edges cross."""
+
+    def middle(node: Node) -> float:
+        above = [places[link.upper][0] for link in links if link.lower == node]
+        return sum(above) / len(above) if above else 0.0
+
+    return sorted(row, key=middle)
+
+
+def _widths(links: Sequence[Link]) -> list[float]:
+    """Line widths in proportion to strength: the strongest edge between two layers is the widest there."""
+    most: dict[str, float] = {}
+    for link in links:
+        most[link.lower.layer] = max(most.get(link.lower.layer, 0.0), link.strength)
+    shares = (max(0.0, link.strength) / (most[link.lower.layer] or 1.0) for link in links)
+    return [_THIN + (_THICK - _THIN) * share for share in shares]
+
+
+def _png(image: Image.Image) -> str:
+    buffer = BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _hex(colour: Colour) -> str:
+    return "#%02x%02x%02x" % colour
