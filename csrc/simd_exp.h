@@ -60,30 +60,63 @@ struct Exp2<double> {
                                       4.4352807031925459598e-10};
 };
 
-// 2^x to an ulp (without fused multiply-add: to 1.2). Exactly 1 at 0; 0 instead of numbers too small for a
-// normal one, infinity from half a power of two below the largest on; NaN stays. exp(x) is exp2_vec(x *
-// log2(e)), less the rounding of that product.
+// x as whole + f, |f| <= 1/2, for which `scaled` gives y * 2^whole.
+template <class T, int n>
+struct Halved {
+  using V = Vec<T, n>;
+  V whole, f;  // `whole` of the common way: see below
+
+  CONELENS_INLINE explicit Halved(const V& x) {
+#if defined(__AVX512DQ__)
+    if constexpr (n == 16 && sizeof(T) == 4) {
+      whole = (V)_mm512_roundscale_ps((__m512)x, 0);
+      f = (V)_mm512_reduce_ps((__m512)x, 0);
+      return;
+    } else if constexpr (n == 8 && sizeof(T) == 8) {
+      whole = (V)_mm512_roundscale_pd((__m512d)x, 0);
+      f = (V)_mm512_reduce_pd((__m512d)x, 0);
+      return;
+    }
+#endif
+    const V least = V{} - kBias, most = V{} + (kBias + 1);
+    const V low = x < least ? least : x, inside = low > most ? most : low;
+    // adding 1.5 * 2^digits rounds to a whole number, which, with the bias, stands in the lowest bits
+    const V shift = V{} + (T(3ull << (Exp2<T>::digits - 1)) + kBias);
+    whole = inside + shift;
+    f = inside - (whole - shift);
+  }
+
+  CONELENS_INLINE V scaled(const V& y) const {
+#if defined(__AVX512DQ__)
+    if constexpr (n == 16 && sizeof(T) == 4)
+      return (V)_mm512_scalef_ps((__m512)y, (__m512)whole);
+    else if constexpr (n == 8 && sizeof(T) == 8)
+      return (V)_mm512_scalef_pd((__m512d)y, (__m512d)whole);
+#endif
+    Vec<typename UintOfBytes<sizeof(T)>::type, n> bits;
+    std::memcpy(&bits, &whole, sizeof bits);
+    bits <<= Exp2<T>::digits;
+    V power;
+    std::memcpy(&power, &bits, sizeof power);
+    return y * power;
+  }
+
+ private:
+  static constexpr T kBias = Exp2<T>::bias;
+};
+
+// 2^x to an ulp (without fused multiply-add: to 1.2). Exactly 1 at 0; NaN stays; infinity from half a power
+// of two below the largest on, 0 as far below the smallest normal number. exp(x) is exp2_vec(x * log2(e)),
+// less the rounding of that product.
 template <class T, int n>
 CONELENS_INLINE Vec<T, n> exp2_vec(const Vec<T, n>& x) {
   using E = Exp2<T>;
   using V = Vec<T, n>;
-  using Bits = Vec<typename UintOfBytes<sizeof(T)>::type, n>;
-  const V least = V{} - T(E::bias), most = V{} + T(E::bias + 1);
-  V t = x < least ? least : x;
-  t = t > most ? most : t;
-  // adding 1.5 * 2^digits rounds t to a whole number, which, with the bias, stands in the lowest bits
-  const V shift = V{} + (T(3ull << (E::digits - 1)) + T(E::bias));
-  const V shifted = t + shift;
-  const V f = t - (shifted - shift);
+  const Halved<T, n> parts(x);
   constexpr int last = sizeof(E::factor) / sizeof(T) - 1;
   V power = V{} + E::factor[last];
-  for (int k = last; k-- > 0;) power = fma_vec<T, n>(power, f, V{} + E::factor[k]);
-  Bits bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits <<= E::digits;
-  V scale;
-  std::memcpy(&scale, &bits, sizeof scale);
-  return power * scale;
+  for (int k = last; k-- > 0;) power = fma_vec<T, n>(power, parts.f, V{} + E::factor[k]);
+  return parts.scaled(power);
 }
 
 }  // namespace
