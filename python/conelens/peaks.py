@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,9 @@ import torch
 from torch import Tensor
 
 from conelens import ops
+from conelens.checked import CheckedImages, warn_skipped
 from conelens.data import ImageDataset, iter_batches
-from conelens.errors import ArgumentError, CheckpointError, DataError
+from conelens.errors import ArgumentError, CheckpointError
 from conelens.execution import exact_dtype, forward_whole
 from conelens.network import Network
 
@@ -220,9 +220,9 @@ def top_peaks(
     if table.seen > len(dataset):
         raise ArgumentError(f"resume: that table has seen {table.seen} images, but the data set holds {len(dataset)}")
     targets = tuple(sorted({node.index for node in nodes.values()}))
-    rest = _Remaining(net, dataset, table.seen)
+    rest = CheckedImages(net, dataset, table.seen)
     try:
-        for batch in iter_batches(rest, batch_size, on_problem=_warn_skipped):
+        for batch in iter_batches(rest, batch_size, on_problem=warn_skipped):
             with torch.inference_mode(), exact_dtype(net.device):
                 maps = forward_whole(net.graph, batch.images, targets)
                 indices = np.array(batch.indices) + rest.start
@@ -234,34 +234,6 @@ def top_peaks(
     except KeyboardInterrupt:
         raise Interrupted(table) from None
     return PeakTable(table.layers, k, distinct, len(dataset), source)
-
-
-class _Remaining:
-    """The items of a data set from ``start`` on, checked against the network."""
-
-    def __init__(self, net: Network, dataset: Tensor | ImageDataset, start: int) -> None:
-        self.net = net
-        self.dataset = dataset
-        self.start = start
-
-    def __len__(self) -> int:
-        return max(0, len(self.dataset) - self.start)
-
-    def __getitem__(self, index: int) -> Tensor:
-        image = self.dataset[self.start + index]
-        if not isinstance(image, Tensor):
-            raise ArgumentError(
-                f"dataset: item {self.start + index} is a {type(image).__name__}, wanted a tensor [C, H, W]; leave labels out"
-            )
-        image = image.to(self.net.device)
-        self.net.check_images(image[None])
-        if not bool(torch.isfinite(image).all()):
-            raise DataError(f"image {self.start + index} holds NaN or infinity")
-        return image
-
-
-def _warn_skipped(index: int, error: DataError) -> None:
-    warnings.warn(f"skipped: {error}", stacklevel=2)
 
 
 def _peaks_of(maps: Tensor, indices: np.ndarray, k: int, distinct: str) -> LayerPeaks:

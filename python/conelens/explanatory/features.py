@@ -1,0 +1,303 @@
+"""The activity that an explanatory graph explains: normalised feature maps of a whole data set, kept in half precision."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from conelens.checked import CheckedImages, warn_skipped
+from conelens.data import ImageDataset, iter_batches
+from conelens.errors import ArgumentError, DataError, LayerError
+from conelens.network import Network
+
+Progress = Callable[[int, int], None]
+
+# a unit that hardly ever changes would turn rounding into activity: no scale is below this share of the layer's mean scale
+_LEAST_SCALE = 1e-3
+_PER_UNIT_FROM = 200  # images from which each unit's own deviation is known well enough
+_BLOCK_BYTES = 64 << 20
+
+
+class Grid(NamedTuple):
+    """The cells of a layer in pixels of the network's input: receptive-field centres. All (y, x), pixel i has its centre at i."""
+
+    start: tuple[float, float]
+    step: tuple[float, float]
+    size: tuple[int, int]
+
+    @property
+    def numbers(self) -> tuple[float, float, float, float]:
+        """(y0, x0, dy, dx) as `ops.graph_e_step` wants them."""
+        return (*self.start, *self.step)
+
+    @property
+    def cell(self) -> float:
+        """Pixels per cell: the geometric mean of both steps."""
+        return (self.step[0] * self.step[1]) ** 0.5
+
+    def pixels(self, cells: Tensor) -> Tensor:
+        """Cell indices ``y * W + x`` [...] -> float32 pixels [..., 2]."""
+        y, x = cells // self.size[1], cells % self.size[1]
+        return torch.stack((self.start[0] + self.step[0] * y.float(), self.start[1] + self.step[1] * x.float()), -1)
+
+    def cells(self, pixels: Tensor) -> Tensor:
+        """The index of the cell nearest to pixels [..., 2] -> int64 [...]; points outside go to the border."""
+        along = [
+            ((pixels[..., axis] - self.start[axis]) / self.step[axis]).round().long().clamp(0, self.size[axis] - 1)
+            for axis in (0, 1)
+        ]
+        return along[0] * self.size[1] + along[1]
+
+
+def grid_of(net: Network, layer: str) -> Grid:
+    """Where the units of a layer look: the centres of their receptive fields. LayerError for a layer without a map."""
+    node, about = net.node(layer), net[layer]
+    if node.vector or min(about.stride) < 1 or min(about.shape[1:]) < 2:
+        raise LayerError(
+            f"layer: {layer!r} has shape {about.shape}, which is no map of places in the image; choose a convolution before it"
+        )
+    centre = [offset + (field - 1) / 2 for offset, field in zip(about.offset, about.receptive_field, strict=True)]
+    return Grid((centre[0], centre[1]), (float(about.stride[0]), float(about.stride[1])), (about.shape[1], about.shape[2]))
+
+
+class Features:
+    """Normalised activity F = max(x, 0) / sigma of some layers over N images: ``features[layer]`` [N, D, H, W] float16.
+
+    ``scale[layer]``: the sigma it was divided by, float32 [D, H, W] (per unit) or [D, 1, 1] (per channel); ``grids[layer]``: where
+    the cells lie. Images that could not be read have no activity; ``skipped`` names them.
+    """
+
+    def __init__(
+        self,
+        maps: Mapping[str, Tensor],
+        grids: Mapping[str, Grid],
+        scale: Mapping[str, Tensor],
+        image_size: tuple[int, int],
+        skipped: Sequence[int] = (),
+    ) -> None:
+        self.maps = dict(maps)
+        self.grids = dict(grids)
+        self.scale = dict(scale)
+        self.image_size = image_size
+        self.skipped = list(skipped)
+        self.layers = list(maps)
+        self._home: tempfile.TemporaryDirectory[str] | None = None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.maps.values())))
+
+    def __getitem__(self, layer: str) -> Tensor:
+        if layer not in self.maps:
+            raise LayerError(f"layer: got {layer!r}, wanted one of {', '.join(self.layers)} (the layers of these features)")
+        return self.maps[layer]
+
+    def __repr__(self) -> str:
+        return f"Features({', '.join(self.layers)}; {len(self)} images)"
+
+    def part(self, start: int, stop: int) -> Features:
+        """Images [start, stop) alone, sharing memory: what one worker of several takes."""
+        skipped = [i - start for i in self.skipped if start <= i < stop]
+        maps = {name: values[start:stop] for name, values in self.maps.items()}
+        part = Features(maps, self.grids, self.scale, self.image_size, skipped)
+        part._home = self._home  # the files go when the last user has gone
+        return part
+
+    @classmethod
+    def extract(
+        cls,
+        net: Network,
+        images: Tensor | ImageDataset,
+        layers: Sequence[str],
+        *,
+        scale: str | Mapping[str, Tensor] = "auto",
+        negatives: Tensor | ImageDataset | None = None,
+        batch_size: int = 16,
+        progress: Progress | None = None,
+        memory: int = 4 << 30,
+        folder: str | Path | None = None,
+    ) -> Features:
+        """One forward pass over the images (and one over ``negatives``).
+
+        Args:
+            net: from :func:`conelens.trace`.
+            images: [N, C, H, W], or a data set of [C, H, W] in the network's space. An item that cannot be read, or holds NaN, is
+                named in a warning and counts as an image without activity.
+            layers: names or aliases; convolutions read before their ReLU.
+            scale: the sigma that activity is divided by: "unit" (standard deviation of each unit, Zhang et al.'s release),
+                "channel" (of each channel over its map), "auto" (per unit from 200 images on), or tensors [D, H, W] or [D, 1, 1] by
+                layer name, as those of another call.
+            negatives: images, ideally a thousand of anything, whose deviations are taken (the release's choice); without them those
+                of ``images``.
+            batch_size: images per forward pass.
+            progress: called with (images done, images in all).
+            memory: bytes of maps from which they are kept in files instead.
+            folder: where those files go; a temporary folder by default, deleted with the last reference.
+
+        Raises:
+            ArgumentError, LayerError: wrong arguments. DataError: no image could be read, or the network gives NaN.
+        """
+        if not layers:
+            raise ArgumentError("layers: got none, wanted at least one name (net.layers() lists them)")
+        if batch_size < 1:
+            raise ArgumentError(f"batch_size: got {batch_size}, wanted at least 1")
+        if len(images) == 0:
+            raise ArgumentError("images: got none, wanted at least one")
+        if isinstance(scale, str) and scale not in ("auto", "unit", "channel"):
+            raise ArgumentError(f"scale: got {scale!r}, wanted 'auto', 'unit', 'channel' or tensors by layer name")
+        grids = {name: grid_of(net, name) for name in layers}
+        shapes = {name: net[name].shape for name in layers}
+        total = len(images) + (len(negatives) if negatives is not None else 0)
+        tell = _counter(progress, total)
+        if not isinstance(scale, str):
+            known: dict[str, Tensor] | None = {name: _given(scale, name, shape) for name, shape in shapes.items()}
+        elif negatives is not None:
+            spread = _Spread(shapes)
+            for _, values in _passes(net, negatives, layers, batch_size, tell, []):
+                spread.add(values)
+            known = spread.scale(scale, "negatives")
+        else:
+            known = None
+
+        skipped: list[int] = []
+        store = _Store({name: (len(images), *shape) for name, shape in shapes.items()}, memory, folder)
+        spread = _Spread(shapes)
+        rough: dict[str, float] = {}  # keeps halves from overflowing until the true scale is known
+        for indices, values in _passes(net, images, layers, batch_size, tell, skipped):
+            for name, value in values.items():
+                if known is not None:
+                    value = value / known[name].to(value.device)
+                else:
+                    rough.setdefault(name, max(float(value.std()), 1e-30))
+                    value = value / rough[name]
+                halves = value.clamp_(min=0).to(torch.float16).cpu()
+                if not bool(torch.isfinite(halves).all()):
+                    raise DataError(f"layer {name}: activity overflows half precision; give larger scales with scale={{...}}")
+                store.maps[name][torch.tensor(indices)] = halves
+            if known is None:
+                spread.add(values)
+        if known is None:
+            known = spread.scale(str(scale), "images")
+            for name, sigma in known.items():
+                _divide(store.maps[name], sigma / rough[name])
+        features = cls(store.maps, grids, known, (net.input_shape[1], net.input_shape[2]), skipped)
+        features._home = store.home
+        return features
+
+
+class _Store:
+    """Room for the maps: zeros in memory, or in files where they would not fit."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], memory: int, folder: str | Path | None) -> None:
+        self.home: tempfile.TemporaryDirectory[str] | None = None
+        if sum(2 * int(np.prod(shape)) for shape in shapes.values()) <= memory:
+            self.maps = {name: torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()}
+            return
+        if folder is None:
+            self.home = tempfile.TemporaryDirectory(prefix="conelens-features-")
+        root = Path(folder if self.home is None else self.home.name)
+        root.mkdir(parents=True, exist_ok=True)
+        about = {f"{number}.f16": {"layer": name, "shape": shape} for number, (name, shape) in enumerate(shapes.items())}
+        (root / "features.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+        self.maps = {}
+        for file, (name, shape) in zip(about, shapes.items(), strict=True):
+            path = root / file
+            path.unlink(missing_ok=True)  # who still maps an older file keeps it
+            self.maps[name] = torch.from_numpy(np.memmap(path, np.float16, "w+", shape=shape))
+
+
+class _Spread:
+    """Running deviations of units: population form around the mean, as the release has it."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.count = 0
+        self.sums = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+        self.squares = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            wide = value.detach().double().cpu()
+            self.sums[name] += wide.sum(0)
+            self.squares[name] += wide.square_().sum(0)
+            count = len(value)
+        self.count += count
+
+    def scale(self, kind: str, source: str) -> dict[str, Tensor]:
+        if self.count == 0:
+            raise DataError(f"{source}: no image could be read")
+        per_unit = kind == "unit" or (kind == "auto" and self.count >= _PER_UNIT_FROM)
+        found = {}
+        for name, total in self.sums.items():
+            mean, square = total / self.count, self.squares[name] / self.count
+            if not per_unit:
+                mean, square = mean.mean((1, 2), keepdim=True), square.mean((1, 2), keepdim=True)
+            sigma = (square - mean.square()).clamp(min=0).sqrt()
+            floor = max(float(sigma.mean()) * _LEAST_SCALE, 1e-6)
+            found[name] = sigma.clamp(min=floor).float()
+        return found
+
+
+def _given(scale: Mapping[str, Tensor], name: str, shape: tuple[int, int, int]) -> Tensor:
+    if name not in scale:
+        raise ArgumentError(f"scale: has no layer {name!r}; give a tensor for each layer")
+    sigma = scale[name]
+    if tuple(sigma.shape) not in (shape, (shape[0], 1, 1)) or not bool((sigma > 0).all()):
+        raise ArgumentError(
+            f"scale[{name!r}]: got shape {tuple(sigma.shape)}, wanted {shape} or {(shape[0], 1, 1)}, all positive"
+        )
+    return sigma.float()
+
+
+def _counter(progress: Progress | None, total: int) -> Callable[[int], None]:
+    done = 0
+
+    def tell(more: int) -> None:
+        nonlocal done
+        done += more
+        if progress is not None:
+            progress(done, total)
+
+    return tell
+
+
+def _passes(
+    net: Network,
+    images: Tensor | ImageDataset,
+    layers: Sequence[str],
+    batch_size: int,
+    tell: Callable[[int], None],
+    skipped: list[int],
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """(indices, raw maps) of batches; what cannot be read goes to ``skipped``."""
+
+    def skip(index: int, error: DataError) -> None:
+        skipped.append(index)
+        warn_skipped(index, error)
+
+    seen = 0
+    for batch in iter_batches(CheckedImages(net, images), batch_size, on_problem=skip):
+        values = net.forward(batch.images, layers)
+        for name, value in values.items():
+            if not bool(torch.isfinite(value).all()):
+                raise DataError(
+                    f"layer {name} gives NaN or infinity for the finite images {batch.indices[0]} to {batch.indices[-1]}; "
+                    "the network's weights or their dtype overflow"
+                )
+        yield batch.indices, values
+        tell(batch.indices[-1] + 1 - seen)
+        seen = batch.indices[-1] + 1
+    tell(len(images) - seen)
+
+
+def _divide(maps: Tensor, by: Tensor) -> None:
+    """In place, in blocks, in float32."""
+    rows = max(1, _BLOCK_BYTES // (4 * maps[0].numel()))
+    for start in range(0, len(maps), rows):
+        block = maps[start : start + rows]
+        block.copy_((block.float() / by).clamp_(max=torch.finfo(torch.float16).max))

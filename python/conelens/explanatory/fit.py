@@ -1,0 +1,240 @@
+"""Learning one layer of an explanatory graph: expectation-maximisation over streamed images (Zhang et al., Algorithm 1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from conelens import ops
+from conelens.errors import DataError
+from conelens.explanatory.features import Grid
+from conelens.explanatory.layer import TOP_SIGMA, Expected, Found, GraphLayer, Parents, Placement
+from conelens.explanatory.rules import Rules
+from conelens.explanatory.statistics import Statistics, Summary, nothing
+
+_BLOCK_BYTES = 256 << 20
+_LEAST_MASS = 1e-8
+_KEPT = 0.5  # of the candidates: those that move most
+_BORDER = 0.1  # of the map: candidates whose mean position lies there are left out
+
+
+def blocks(images: int, channels: int, nodes: int, cells: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) of images that are worked on at once: fixed by the sizes alone, so that a run repeats to the bit."""
+    each = channels * (2 * cells + 40 * nodes)
+    step = max(1, min(128, _BLOCK_BYTES // each))
+    for start in range(0, images, step):
+        yield start, min(start + step, images)
+
+
+def first_layer_state(name: str, grid: Grid, channels: int, nodes: int, seed: int) -> GraphLayer:
+    """Nodes on distinct random cells of each filter's map, without parents."""
+    cells = grid.size[0] * grid.size[1]
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.rand(channels, cells, generator=generator).argsort(1)[:, :nodes]
+    mean = grid.pixels(chosen)
+    sigma = torch.full((channels, nodes), TOP_SIGMA * math.sqrt(cells) * grid.cell)
+    layer = GraphLayer(name, grid, mean, sigma, sigma.clone(), mean.clone())
+    layer.sigma = layer.sigma.clamp(*layer.least_sigma())
+    return layer
+
+
+class LayerFit:
+    """A layer being learned from the images at hand. Over several workers: each makes one of its own images, all add the
+    ``statistics``, and everybody takes the same ``update``.
+
+    Args:
+        layer: its state; changed in place by :meth:`update`.
+        features: F [I, D, H, W] of the images at hand.
+        rules: see :class:`Rules`.
+        edges: parents per node.
+        parents: the layer above in the images at hand; None for the top layer.
+        first_image: number of the first image at hand among all.
+    """
+
+    def __init__(
+        self,
+        layer: GraphLayer,
+        features: Tensor,
+        rules: Rules,
+        edges: int,
+        parents: Parents | None,
+        first_image: int = 0,
+    ) -> None:
+        self.layer = layer
+        self.features = features
+        self.rules = rules
+        self.parents = parents
+        self.edges = 0 if self.parents is None else min(edges, len(self.parents.index))
+        self.first_image = first_image
+        self.device = layer.mean.device
+
+    def _blocks(self) -> Iterator[tuple[int, Tensor, Parents | None]]:
+        """(first image, features, parents) of what is worked on at once."""
+        channels, nodes = self.layer.shape
+        cells = self.layer.grid.size[0] * self.layer.grid.size[1]
+        for start, stop in blocks(len(self.features), channels, nodes, cells):
+            parents = None if self.parents is None else self.parents.part(start, stop)
+            yield start, self.features[start:stop].to(self.device), parents
+
+    def statistics(self) -> Statistics:
+        """One E-step over the images at hand."""
+        total = nothing(self.layer.sigma.numel(), self.device)
+        by_kernel = self.rules.edges == "kernel" and self.parents is not None
+        for start, features, parents in self._blocks():
+            expected = self.layer.expect(self.rules, len(features), parents)
+            found = self.layer.find(features, expected, self.rules, argmax=by_kernel)
+            total = total + self._of_block(features, parents, expected, found, self.first_image + start)
+        if not bool(torch.isfinite(total.mass).all()):
+            raise DataError(f"layer {self.layer.name}: its features hold NaN or infinity, from which nothing can be learned")
+        return total
+
+    def _of_block(
+        self, features: Tensor, parents: Parents | None, expected: Expected, found: Found, first_image: int
+    ) -> Statistics:
+        mass, residual = found.mass.flatten(1), found.first.flatten(1, 2)
+        part = Statistics(
+            mass.double().sum(0),
+            residual.double().sum(0),
+            found.second.flatten(1).double().sum(0),
+            float(found.log_likelihood.double().sum()),
+            float(features.clamp(min=0).sum((2, 3), dtype=mass.dtype).double().sum()),
+        )
+        if parents is None:
+            return part
+        if self.rules.edges == "kernel":
+            assert found.positions is not None and found.scores is not None
+            part.seen = [(first_image, found.positions.flatten(1, 2), found.scores.flatten(1))]
+            return part
+        own = residual / mass.clamp(min=_LEAST_MASS)[..., None]
+        if expected.shift is not None:
+            own = own + expected.shift.flatten(1, 2)
+        weighted = mass[..., None] * own
+        part.moved, part.spread = weighted.double().sum(0), (weighted * own).double().sum((0, 2))
+        part.squares = ops.edge_scores(own, mass, parents.displacement)
+        part.pull = torch.stack([mass.T @ parents.displacement[..., axis] for axis in (0, 1)], -1)
+        return part
+
+    def update(self, total: Statistics, iteration: int) -> None:
+        """The M-step: means move, spreads are estimated, parents are chosen anew. ``iteration`` counts from 1."""
+        if self.parents is not None and self.rules.edges_first:
+            self._choose_by_kernel(total)
+        step = self.move(total, iteration)
+        if self.parents is not None and not self.rules.edges_first:
+            self._choose_by_likelihood(total, step)
+
+    def move(self, total: Statistics, iteration: int) -> Tensor:
+        """Means and spreads alone, at fixed parents: never lowers the likelihood. -> how far each mean went [V, 2]."""
+        layer = self.layer
+        layer.history.append(total.likelihood / max(total.activity, _LEAST_MASS))
+        mass = total.mass
+        alive = mass >= _LEAST_MASS  # the others keep their place
+        offset = torch.where(alive[:, None], total.residual / mass.clamp(min=_LEAST_MASS)[:, None], 0)
+        share = torch.ones_like(mass)
+        if self.rules.damped:
+            sigma = layer.prior_sigma.flatten().double()
+            share = (sigma.min() / sigma).square() / math.sqrt(iteration)
+        step = share[:, None] * offset
+        variance = total.second / mass.clamp(min=_LEAST_MASS) - 2 * (step * offset).sum(-1) + step.square().sum(-1)
+        sigma = (variance / 2).clamp(min=0).sqrt().clamp(*layer.least_sigma())
+        layer.sigma = torch.where(alive, sigma, layer.sigma.flatten().double()).to(layer.sigma).view(layer.shape)
+        layer.mean = layer.mean + step.to(layer.mean).view(layer.mean.shape)
+        layer.anchor = layer.mean
+        if self.parents is None and self.rules.top_sigma == "estimated":
+            layer.prior_sigma = layer.sigma
+        return step
+
+    def _choose_by_likelihood(self, total: Statistics, step: Tensor) -> None:
+        """Parents under which a node's own displacement d is most likely: per unit of its mass, log N(d; delta, sigma^2).
+
+        The expected log-likelihood of a product of Gaussians is a sum over its factors, so that choosing one parent after the other,
+        as the papers do, and choosing the best M at once is the same.
+        """
+        assert self.parents is not None and total.squares is not None and total.pull is not None
+        assert total.moved is not None and total.spread is not None
+        mass = total.mass[:, None]
+        # displacements are counted from the means as they are now, not from where they were in the E-step
+        relative = total.moved[:, None] - total.pull  # sum of n (d - delta)
+        squares = total.squares - 2 * (step[:, None] * relative).sum(-1) + mass * step.square().sum(-1)[:, None]
+        spread = total.spread - 2 * (step * total.moved).sum(-1) + total.mass * step.square().sum(-1)
+        variance = self.parents.sigma.double().square()
+        score = -variance.log() - squares / (2 * variance * mass.clamp(min=_LEAST_MASS))
+        explained = 1 - squares / spread.clamp(min=_LEAST_MASS)[:, None]
+        self._take(score, explained, total.mass >= _LEAST_MASS)
+
+    def _choose_by_kernel(self, total: Statistics) -> None:
+        """The release's criterion (its §2.6): kernel consistency of relative displacements, from empirical mean positions."""
+        assert self.parents is not None
+        positions = torch.cat([part[1] for part in total.seen])
+        scores = torch.cat([part[2] for part in total.seen])
+        own = positions - positions.mean(0)
+        parent = self.parents.displacement
+        if len(parent) != len(own):
+            raise ValueError("the kernel criterion wants all images in one place; use edges='likelihood' over several workers")
+        together = (own * parent.mean(1)[:, None]).sum(-1).mean(0)
+        distance = own.square().sum(-1).mean(0) + parent.square().sum(-1).mean() - 2 * together  # of all images and candidates
+        kernel = ops.edge_scores(own.contiguous(), scores, parent, bandwidth=distance.clamp(min=1e-6))
+        weight = scores.sum(0)
+        self._take(kernel, kernel / weight.clamp(min=1e-30)[:, None], weight > 0)
+
+    def _take(self, score: Tensor, strength: Tensor, alive: Tensor) -> None:
+        """The M best candidates of every node; of equals the first. Nodes without any mass keep the parents they have."""
+        assert self.parents is not None
+        layer, count = self.layer, self.edges
+        best = torch.sort(score, dim=1, descending=True, stable=True).indices[:, :count]
+        edges, strength = self.parents.index[best], strength.gather(1, best).to(layer.mean)
+        if layer.edges is not None and layer.strength is not None:
+            edges = torch.where(alive[:, None], edges, layer.edges.view(-1, count))
+            strength = torch.where(alive[:, None], strength, layer.strength.view(-1, count))
+        layer.edges, layer.strength = edges.view(*layer.shape, count), strength.view(*layer.shape, count)
+        precision = self.parents.sigma.square().reciprocal()[self.parents.local[edges]]
+        layer.prior_sigma = precision.mean(-1).rsqrt().view(layer.shape)
+
+    def places(self) -> Iterator[tuple[int, Placement]]:
+        """(first image, where the nodes are) block by block, with the layer as it is now."""
+        for start, features, parents in self._blocks():
+            yield start, self.layer.place(features, parents, self.rules)
+
+
+def choose_candidates(layer: GraphLayer, summary: Summary, rules: Rules, edges: int) -> Tensor:
+    """Which nodes [U] of a finished layer may become parents.
+
+    With a pool: nodes that were never found are left out, then the half that moves least (they carry no information), then those
+    with a mean position within a tenth of the map from its border; of the rest the best by score. Fewer than ``edges`` left: as many as
+    it takes by score alone, found ones first.
+    """
+    nodes = layer.sigma.numel()
+    if rules.pool is None:
+        return torch.arange(nodes, device=layer.mean.device)
+    middle, half = _frame(layer.grid)
+    order = torch.sort(summary.score, descending=True, stable=True).indices
+    found = summary.score > 0
+    moving = torch.zeros(nodes, dtype=torch.bool, device=order.device)
+    by_variance = torch.sort(torch.where(found, summary.variance, -1), descending=True, stable=True).indices
+    moving[by_variance[: max(1, int(int(found.sum()) * _KEPT))]] = True
+    inner = (summary.mean.abs() <= half.to(summary.mean) * (1 - 2 * _BORDER)).all(-1)
+    kept = order[(found & moving & inner)[order]][: rules.pool]
+    if len(kept) < min(edges, nodes):
+        others = order[~torch.isin(order, kept)]
+        kept = torch.cat((kept, others[: min(edges, nodes) - len(kept)]))
+    return kept
+
+
+def _frame(grid: Grid) -> tuple[Tensor, Tensor]:
+    """Middle of the map and half its extent, (y, x) in pixels."""
+    size, step = torch.tensor(grid.size), torch.tensor(grid.step)
+    return torch.tensor(grid.start) + step * (size - 1) / 2, step * size / 2
+
+
+def summarise(layer: GraphLayer, placement: Placement) -> Summary:
+    """A block's contribution to where the nodes are found."""
+    middle, _ = _frame(layer.grid)
+    return Summary.of((placement.positions - middle.to(placement.positions)).flatten(1, 2), placement.scores.flatten(1))
+
+
+def mean_positions(layer: GraphLayer, summary: Summary) -> Tensor:
+    """Where the nodes were found on average [D, K, 2]: what the release measures displacements from."""
+    middle, _ = _frame(layer.grid)
+    return (summary.mean + middle.to(summary.mean)).to(layer.mean).view(layer.mean.shape)

@@ -1,0 +1,107 @@
+"""The choices on which paper and release differ, switched together; and which layers of a known network make a graph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from conelens.errors import ArgumentError
+from conelens.network import Network
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a graph is learned (Zhang et al., AAAI 2018 and TPAMI 2021; their MATLAB release).
+
+    anchor: what a parent's displacement is measured from: "learned" prior position, or "empirical" mean of its inferred ones.
+    edges: "likelihood" takes the parents under which a node's own displacement is most likely; "kernel" those with the largest
+        sum of exp(-squared relative displacement / 2b), as the release.
+    edges_first: parents are chosen before the means move, from the last iteration's inference, instead of after.
+    pool: candidate parents kept by score, after the half that moves least and those at the border are left out; None: all nodes.
+    domain: "grid", every unit of the map; "lattice", 6 x 6 points in a window round the node, over smoothed activity.
+    weight: of a node in a channel's mixture, per image: "agreement", a normalised Gaussian times how well its parents agree;
+        "geometric", the geometric mean of its parents' Gaussians; "release", agreement times sigma times the product of 1 / sigma.
+    top_sigma: spread of nodes without parents: "fixed", 0.15 of the map, or "estimated" like that of parents.
+    noise, noise_scale: density of the noise component: "relative", ``noise`` times the mean mass per cell of the image's nodes,
+        or "absolute", ``noise`` per cell.
+    damped: means move by the release's normalised step sigma_min^2 / sigma^2 / sqrt(t) instead of all the way.
+    patch: side of the patches to show, in pixels.
+    """
+
+    anchor: str = "learned"
+    edges: str = "likelihood"
+    edges_first: bool = False
+    pool: int | None = 600
+    domain: str = "grid"
+    weight: str = "agreement"
+    top_sigma: str = "fixed"
+    noise: float = 0.1
+    noise_scale: str = "relative"
+    damped: bool = False
+    patch: int = 70
+
+
+FORMS = {
+    "recommended": Rules(),
+    "paper": Rules(pool=None, weight="geometric", top_sigma="estimated", noise_scale="absolute"),
+    "release": Rules(
+        anchor="empirical", edges="kernel", edges_first=True, domain="lattice", weight="release", damped=True, patch=60
+    ),
+}  # fmt: skip
+
+
+def rules_of(form: str | Rules, noise: float | None) -> Rules:
+    """The rules of a form by name, with another noise level if one is given."""
+    if isinstance(form, Rules):
+        rules = form
+    elif form in FORMS:
+        rules = FORMS[form]
+    else:
+        raise ArgumentError(f"form: got {form!r}, wanted one of {', '.join(FORMS)}, or Rules of your own")
+    if noise is None:
+        return rules
+    if not (noise >= 0 and math.isfinite(noise)):
+        raise ArgumentError(f"noise: got {noise}, wanted 0 or more (the papers have 0.1)")
+    return replace(rules, noise=noise)
+
+
+def nodes_for(size: tuple[int, int]) -> int:
+    """Nodes per filter of a map [H, W], as the papers have them: 40 at 28 x 28, 20 at 14 x 14, 10 at 7 x 7."""
+    return min(math.ceil(1.4 * math.sqrt(size[0] * size[1])), size[0] * size[1])
+
+
+_VGG16 = ("conv4_2", "conv4_3", "conv5_2", "conv5_3")
+
+
+def preset_layers(net: Network) -> list[str]:
+    """The layers the papers take, bottom first: of VGG-16 four, of a residual network the last convolutions at 28, 14 and 7 cells.
+
+    ArgumentError for other networks: name the layers then.
+    """
+    names = {alias for layer in net.layers() for alias in (layer.name, *layer.aliases)}
+    if set(_VGG16) <= names and net["conv5_3"].shape[0] == 512 and "conv5_4" not in names:
+        return list(_VGG16)
+    last: dict[tuple[int, int, int], str] = {}
+    for layer in net.layers():
+        if "conv" in layer.kind.lower():
+            last[layer.shape] = layer.name
+    wanted = [(128, 28, 28), (256, 14, 14), (512, 7, 7)]
+    if all(shape in last for shape in wanted):
+        return [last[shape] for shape in wanted]
+    raise ArgumentError(
+        "layers: this network is no VGG-16 or ResNet at 224 pixels, for which layers are known; give layers=[...], bottom first "
+        "(net.layers() lists them)"
+    )
+
+
+def check_order(net: Network, layers: Sequence[str]) -> None:
+    """Layers of a graph run from bottom to top: each computed from the one before."""
+    if len(set(layers)) != len(layers):
+        raise ArgumentError(f"layers: got {', '.join(layers)}, wanted each layer once")
+    indices = [net.node(name).index for name in layers]
+    pairs = list(zip(layers, indices, strict=True))
+    for (lower, low), (upper, high) in pairwise(pairs):
+        if low not in net.graph.ancestors((high,)):
+            raise ArgumentError(f"layers: {upper!r} is not computed from {lower!r}; give the layers bottom first")
