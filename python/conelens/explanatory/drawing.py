@@ -1,4 +1,4 @@
-"""The explanatory graph as a drawing: layers as rows, a patch on each node, the strongest edges; SVG and PNG from one layout."""
+"""The explanatory graph drawn: layers as rows, a patch on each node, the strongest edges; SVG and PNG from one layout."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def select(
 ) -> Selection:
     """The strongest nodes of each layer that hang together, and their strongest edges.
 
-    Nodes are ranked by the sum of their best image scores (:func:`conelens.explanatory.pictures.rank_nodes`). The top row holds
-    the best ranked nodes, those with nodes below first, then one per filter first; or ``root`` alone. Each further row is filled
-    by the nodes above in turn, each with the node below that is not yet drawn and has the largest product of rank and edge
-    strength (those with nodes below themselves first), until ``nodes`` are there. Of a node's edges to drawn nodes the ``links``
-    strongest are drawn.
+    Nodes are ranked by the sum of their best image scores (:func:`conelens.explanatory.pictures.rank_nodes`). The top row
+    holds the best ranked nodes: those with nodes below first, of these one per filter first; or ``root`` alone. Each further
+    row is filled by the nodes above in turn: each takes the node below with the largest product of rank and edge strength
+    that is not yet drawn (those with nodes below themselves first), until ``nodes`` are there. Of a node's edges to drawn
+    nodes the ``links`` strongest are drawn. Edges of strength 0 or less explain nothing and are passed over.
 
     Raises:
         ArgumentError: an unknown layer or node; placements that lack a layer.
@@ -80,9 +80,13 @@ def select(
     if missing:
         raise ArgumentError(f"placements: they lack {', '.join(missing)}; give all that graph.infer returns")
     top = [root] if root is not None else _top_row(graph, placements, names, nodes)
+    if not top:
+        raise ArgumentError(f"placements: no image shows any node of {names[0]}; place the graph on images of its own kind")
     rows, drawn = [top], []
     for lower in names[1:]:
         row = _row_below(graph, placements, names, lower, rows[-1], nodes)
+        if not row:  # nothing below, as under a root that is no parent
+            break
         drawn += [link for node in row for link in _links(graph, node, rows[-1])[:links]]
         rows.append(row)
     return Selection(rows, drawn)
@@ -101,6 +105,7 @@ def _with_nodes_below(graph: ExplanatoryGraph, names: Sequence[str], layer: str)
 def _top_row(graph: ExplanatoryGraph, placements: Mapping[str, Placement], names: Sequence[str], count: int) -> list[Node]:
     linked = _with_nodes_below(graph, names, names[0])
     ranked = rank_nodes(placements, names[0], linked.numel())
+    ranked.sort(key=lambda node: not linked[node.filter, node.node])
     first = {node.filter: node for node in reversed(ranked)}  # the best one of each filter
     return sorted(ranked, key=lambda node: (not linked[node.filter, node.node], first[node.filter] != node))[:count]
 
@@ -140,7 +145,8 @@ def _links(graph: ExplanatoryGraph, lower: Node, above: Sequence[Node]) -> list[
     known = {_flat(graph, node): node for node in above}
     row = _flat(graph, lower)
     edges, strength = (values[row].tolist() for values in _edges(graph.layers[lower.layer]))
-    found = [Link(known[parent], lower, value) for parent, value in zip(edges, strength, strict=True) if parent in known]
+    pairs = zip(edges, strength, strict=True)
+    found = [Link(known[parent], lower, value) for parent, value in pairs if parent in known and value > 0]
     return sorted(found, key=lambda link: -link.strength)
 
 
@@ -248,7 +254,7 @@ def draw_graph(
     image: int | None = None,
     side: int = SIDE,
 ) -> Drawing:
-    """Draw what :func:`select` chooses: the top layer on top, edges as wide as they are strong, in the colour of the upper node.
+    """Draw what :func:`select` chooses: top layer on top, edges as wide as they are strong, in the colour of the upper node.
 
     The strongest of the drawn edges between two layers is the widest.
 
@@ -280,9 +286,9 @@ def _lay_out(selection: Selection, pictures: Mapping[Node, np.ndarray]) -> Drawi
             x = places[node][0]
             words.append(_Words((x, top + PATCH + 2), f"filter {node.filter}", 11, PATCH, INK))
             words.append(_Words((x, top + PATCH + 15), f"node {node.node}", 10, PATCH, FAINT))
-        if row:
-            words.append(_Words((_MARGIN, top + PATCH / 2 - 16), row[0].layer, 14, _NAMES - 6, INK))
-            words.append(_Words((_MARGIN, top + PATCH / 2 + 2), f"{len(row)} node{'s'[: len(row) > 1]}", 10, _NAMES - 6, FAINT))
+        told = f"{len(row)} node{'s'[: len(row) > 1]}"
+        words.append(_Words((_MARGIN, top + PATCH / 2 - 16), row[0].layer, 14, _NAMES - 6, INK))
+        words.append(_Words((_MARGIN, top + PATCH / 2 + 2), told, 10, _NAMES - 6, FAINT))
     curves = []
     for link, width in zip(selection.links, _widths(selection.links), strict=True):
         (x0, y0), (x3, y3) = places[link.upper], places[link.lower]
@@ -314,8 +320,7 @@ def _widths(links: Sequence[Link]) -> list[float]:
     most: dict[str, float] = {}
     for link in links:
         most[link.lower.layer] = max(most.get(link.lower.layer, 0.0), link.strength)
-    shares = (max(0.0, link.strength) / (most[link.lower.layer] or 1.0) for link in links)
-    return [_THIN + (_THICK - _THIN) * share for share in shares]
+    return [_THIN + (_THICK - _THIN) * link.strength / most[link.lower.layer] for link in links]
 
 
 def _png(image: Image.Image) -> str:
@@ -325,4 +330,4 @@ def _png(image: Image.Image) -> str:
 
 
 def _hex(colour: Colour) -> str:
-    return "#%02x%02x%02x" % colour
+    return "#{:02x}{:02x}{:02x}".format(*colour)

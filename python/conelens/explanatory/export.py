@@ -7,6 +7,7 @@ parts of a part. Nodes are called "layer/filter/node".
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape, quoteattr
@@ -90,7 +91,7 @@ def _nodes(graph: ExplanatoryGraph) -> Iterator[tuple[str, dict[str, Any]]]:
 def _edges(graph: ExplanatoryGraph) -> Iterator[tuple[str, str, float]]:
     """Upper node, lower node, strength; lower nodes in order, bottom layer first."""
     layers = list(graph.layers.values())
-    for layer, above in zip(layers, layers[1:]):
+    for layer, above in pairwise(layers):
         if layer.edges is None or layer.strength is None:
             raise ArgumentError(f"graph: layer {layer.name} has no edges though {above.name} is above it; fit the graph first")
         uppers = [f"{above.name}/{d}/{k}" for d in range(above.mean.shape[0]) for k in range(above.mean.shape[1])]

@@ -59,12 +59,12 @@ def rank_scores(placement: Placement, best: int = RANKED_BY) -> Tensor:
 def rank_nodes(
     placements: Mapping[str, Placement], layer: str, count: int = 20, *, best: int = RANKED_BY, per_filter: int | None = None
 ) -> list[Node]:
-    """The nodes of a layer with the largest sum of their ``best`` image scores, strongest first; equals in order of filter, node.
+    """The nodes of a layer with the largest sum of their ``best`` image scores, strongest first.
 
     Args:
         placements: of all layers, from ``graph.infer``.
         layer: its name.
-        count: nodes at most; those that no image shows are left out.
+        count: nodes at most; those that no image shows are left out. Equals in order of filter and node.
         best: images that count.
         per_filter: at most so many nodes of one filter; None: no limit, as in the paper.
     """
@@ -169,7 +169,7 @@ def top_patches(
 
 
 def patch_box(position: Sequence[float] | np.ndarray, side: int) -> tuple[int, int, int, int]:
-    """(top, left, bottom, right) of the square of whole pixels whose middle is nearest to ``position`` (y, x); halves go down."""
+    """(top, left, bottom, right) of the square whose middle is nearest to ``position`` (y, x); halves go down and right."""
     top, left = (math.floor(centre - (side - 1) / 2 + 0.5) for centre in position)
     return top, left, top + side, left + side
 
@@ -190,7 +190,7 @@ def _best_images(
     check_node(node, placement.scores.shape[1:])
     scores = placement.scores[:, node.filter, node.node].double().cpu()
     pool = torch.arange(len(scores)) if images is None else torch.tensor(sorted(set(images)), dtype=torch.int64)
-    if len(pool) and not (0 <= pool[0] and pool[-1] < len(scores)):
+    if len(pool) and not 0 <= int(pool[0]) <= int(pool[-1]) < len(scores):
         raise ArgumentError(
             f"images: got {int(pool[0])}..{int(pool[-1])}, wanted 0..{len(scores) - 1} (the images that were placed)"
         )
@@ -234,7 +234,8 @@ def marked(patch: np.ndarray, side: int) -> Image.Image:
     """A patch ``side`` pixels wide with a ring at its middle, where the node is."""
     picture = enlarge(patch, side)
     pen = ImageDraw.Draw(picture)
-    middle, radius = (side - 1) / 2, max(3.0, side / 18)
+    middle = (side - 1) / 2
+    radius = max(3, side // 18) + middle % 1  # so that the ring's edges are whole pixels
     for grow, colour in ((1, INK), (0, (255, 224, 0))):
         edges = (middle - radius - grow, middle - radius - grow, middle + radius + grow, middle + radius + grow)
         pen.ellipse(edges, outline=colour, width=1 + 2 * grow)
@@ -282,7 +283,7 @@ def heat_grey(heat: np.ndarray) -> np.ndarray:
 
 
 def heat_overlay(frame: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """Heat over the photograph in grey, uint8 [H, W, 3]: the hotter, the more it is covered by colour, from violet to yellow."""
+    """Heat over the photograph in grey, uint8 [H, W, 3]: the hotter, the more colour, from violet to yellow."""
     if heat.shape != frame.shape[:2]:
         raise ArgumentError(f"heat has shape {heat.shape}, frame {frame.shape}; wanted [H, W] and [H, W, 3] of one size")
     share = heat / (heat.max(initial=0.0) or 1.0)

@@ -17,11 +17,12 @@ from conelens.figures import save_png
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture with its caption; `name` is its file name without suffix."""
+    """A picture with its caption; `name` is its file name without suffix. The page shows `svg` instead, where there is one."""
 
     name: str
     image: Image.Image
     caption: str = ""
+    svg: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,143 @@
+"""The drawing shows the strongest nodes that hang together, their edges as wide as they are strong, the same in SVG and PNG."""
+
+from __future__ import annotations
+
+import base64
+import io
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conelens.errors import ArgumentError
+from conelens.explanatory.drawing import Link, Selection, draw_graph, select
+from conelens.explanatory.pictures import Node, marked, top_patches
+from tests.explanatory.scene import Coordinates, graph_of, layer, place, small
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def names(selection: Selection) -> list[list[str]]:
+    return [[f"{node.filter}/{node.node}" for node in row] for row in selection.rows]
+
+
+def test_the_top_row_holds_the_best_parents_and_those_below_take_turns() -> None:
+    graph, placements = small()
+    chosen = select(graph, placements)
+    top, middle, low = names(chosen)
+    # parents by rank, 0/0 (4) and 1/0 (3) first, being of two filters; 1/1 ranks highest (9) but has nothing below it
+    assert top == ["0/0", "1/0", "0/1", "1/1"]
+    # 0/0 takes 0/0 (5 x 0.9 before 6 x 0.5), 1/0 takes 0/1 (6 x 0.4 before 2 x 0.8), 0/1 takes 1/0 (has nodes below), then 1/1
+    assert middle == ["0/0", "0/1", "1/0", "1/1"]
+    # middle 0/0 takes 1/1 (4 x 0.25), 0/1 takes 2/0 (5 x 0.5), 1/0 takes 1/0 (3 x 0.5); then what is left of 0/0, of 0/1
+    assert low == ["1/1", "2/0", "1/0", "0/0", "0/1"]
+    assert names(select(graph, placements, nodes=2)) == [["0/0", "1/0"], ["0/0", "0/1"], ["1/1", "2/0"]]
+
+
+def test_links_are_the_strongest_of_the_graph_between_drawn_nodes() -> None:
+    graph, placements = small()
+    for most in (1, 2):
+        chosen = select(graph, placements, links=most)
+        expected = []
+        for upper_row, row in zip(chosen.rows, chosen.rows[1:]):
+            for node in row:
+                held = graph.layers[node.layer]
+                ends = zip(held.edges[node.filter, node.node].tolist(), held.strength[node.filter, node.node].tolist())
+                known = [Link(Node(upper_row[0].layer, *divmod(end, 2)), node, value) for end, value in ends if value > 0]
+                expected += sorted((link for link in known if link.upper in upper_row), key=lambda link: -link.strength)[:most]
+        assert chosen.links == expected
+        assert len(expected) > 4
+
+
+def test_a_root_shows_what_it_is_made_of() -> None:
+    graph, placements = small()
+    chosen = select(graph, placements, root=Node("top", 1, 0))
+    assert names(chosen)[:2] == [["1/0"], ["0/1", "1/0"]]
+    assert {link.upper for link in chosen.links if link.lower.layer == "middle"} == {Node("top", 1, 0)}
+    middle = select(graph, placements, root=Node("middle", 1, 0))
+    assert [row[0].layer for row in middle.rows] == ["middle", "low"]
+    assert sorted(names(middle)[1]) == ["1/0", "1/1", "2/0"]
+    assert names(select(graph, placements, root=Node("top", 1, 1))) == [["1/1"]]
+    assert names(select(graph, placements, root=Node("low", 0, 1))) == [["0/1"]]
+
+
+def test_the_svg_is_whole_in_itself_and_shows_each_node_and_edge() -> None:
+    graph, placements = small()
+    drawing = draw_graph(graph, placements, Coordinates(2))
+    svg = drawing.svg("a <title> & more")
+    root = ElementTree.fromstring(svg)
+    assert root.find(f"{SVG}title").text == "a <title> & more"  # type: ignore[union-attr]
+    nodes = [node for row in drawing.selection.rows for node in row]
+    tiles = root.findall(f"{SVG}image")
+    assert len(tiles) == len(nodes) and len(root.findall(f"{SVG}path")) == len(drawing.selection.links)
+    shown = set()
+    for tile in tiles:
+        kind, data = tile.attrib["href"].split(",")
+        assert kind == "data:image/png;base64"
+        shown.add(Image.open(io.BytesIO(base64.b64decode(data))).tobytes())
+    patches = top_patches(Coordinates(2), placements, nodes, count=1)
+    assert shown == {marked(row.patches[0], 84).tobytes() for row in patches}
+    words = [text.text for text in root.findall(f"{SVG}text")]
+    assert [words.count(name) for name in ("top", "middle", "low")] == [1, 1, 1]
+    assert sum(word.startswith("filter ") for word in words if word) == len(nodes)
+    assert svg == draw_graph(graph, placements, Coordinates(2)).svg("a <title> & more")
+
+
+def test_edges_are_as_wide_as_they_are_strong_and_end_at_their_nodes() -> None:
+    low = layer("low", 1, 3, [[[0], [0], [0]]], [[[0.5], [0.25], [1.0]]])
+    graph = graph_of(low, layer("top", 1, 1))
+    placements = {"low": place(torch.tensor([[[3.0, 2.0, 1.0]]])), "top": place(torch.ones(1, 1, 1))}
+    drawing = draw_graph(graph, placements, Coordinates(1))
+    strengths = sorted(link.strength for link in drawing.selection.links)
+    assert [round((curve.width - 0.6) / 5.4, 6) for curve in drawing.curves] == strengths == [0.25, 0.5, 1.0]
+    tops = {tile.at for tile in drawing.tiles}
+    for curve in drawing.curves:
+        (x0, y0), *_, (x3, y3) = curve.points
+        assert (x0 - 42, y0 - 84 - 30) in tops and (x3 - 42, y3) in tops
+    picture = np.asarray(drawing.image())
+    assert picture.shape == (drawing.height, drawing.width, 3)
+    straight = next(curve for curve in drawing.curves if curve.points[0][0] == curve.points[3][0])
+    (x, y0), (_, y3) = straight.points[0], straight.points[3]
+    assert straight.width == 6
+    assert tuple(picture[round((y0 + y3) / 2), round(x)]) == straight.colour
+    for tile in drawing.tiles:
+        x, y = (round(value) for value in tile.at)
+        assert (picture[y + 2 : y + 82, x + 2 : x + 82] == np.asarray(tile.image)[2:82, 2:82]).all()
+    assert drawing.image().tobytes() == picture.tobytes()
+
+
+def test_one_image_for_all_nodes_leaves_those_blank_that_it_does_not_show() -> None:
+    graph, placements = small()
+    scores = placements["top"].scores.clone()
+    scores[0, 0, 0] = 0
+    placements["top"] = placements["top"]._replace(scores=scores)
+    dataset = Coordinates(2)
+    drawing = draw_graph(graph, placements, dataset, image=0, root=Node("top", 0, 0))
+    assert dataset.read == [0]
+    blank = [np.ptp(np.asarray(tile.image).reshape(-1, 3), 0).max() == 0 for tile in drawing.tiles]
+    assert blank == [True] + [False] * (len(blank) - 1)
+
+
+def test_wrong_input_is_named() -> None:
+    graph, placements = small()
+    dataset = Coordinates(2)
+    with pytest.raises(ArgumentError, match=r"'conv9'.*top, middle, low"):
+        select(graph, placements, root=Node("conv9", 0, 0))
+    with pytest.raises(ArgumentError, match=r"filter 0\.\.1"):
+        select(graph, placements, root=Node("top", 7, 0))
+    with pytest.raises(ArgumentError, match="lack middle"):
+        select(graph, {name: placements[name] for name in ("top", "low")})
+    with pytest.raises(ArgumentError, match="at least 1"):
+        select(graph, placements, nodes=0)
+    with pytest.raises(ArgumentError, match="but 2 were placed"):
+        draw_graph(graph, placements, Coordinates(1))
+    with pytest.raises(ArgumentError, match=r"wanted 0\.\.1"):
+        draw_graph(graph, placements, dataset, image=2)
+    dark = {**placements, "top": place(torch.zeros(2, 2, 2))}
+    with pytest.raises(ArgumentError, match="no image shows any node of top"):
+        select(graph, dark)
+    graph.layers["middle"].edges = None
+    with pytest.raises(ArgumentError, match="middle has no edges"):
+        select(graph, placements)
