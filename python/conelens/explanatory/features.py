@@ -26,7 +26,7 @@ _BLOCK_BYTES = 64 << 20
 
 
 class Grid(NamedTuple):
-    """The cells of a layer in pixels of the network's input: receptive-field centres. All (y, x), pixel i has its centre at i."""
+    """The cells of a layer in pixels of the network's input: receptive-field centres, (y, x); pixel i is centred at i."""
 
     start: tuple[float, float]
     step: tuple[float, float]
@@ -70,8 +70,8 @@ def grid_of(net: Network, layer: str) -> Grid:
 class Features:
     """Normalised activity F = max(x, 0) / sigma of some layers over N images: ``features[layer]`` [N, D, H, W] float16.
 
-    ``scale[layer]``: the sigma it was divided by, float32 [D, H, W] (per unit) or [D, 1, 1] (per channel); ``grids[layer]``: where
-    the cells lie. Images that could not be read have no activity; ``skipped`` names them.
+    ``scale[layer]``: the sigma it was divided by, float32 [D, H, W] (per unit) or [D, 1, 1] (per channel); ``grids[layer]``:
+    where the cells lie. Images that could not be read have no activity; ``skipped`` names them.
     """
 
     def __init__(
@@ -127,14 +127,14 @@ class Features:
 
         Args:
             net: from :func:`conelens.trace`.
-            images: [N, C, H, W], or a data set of [C, H, W] in the network's space. An item that cannot be read, or holds NaN, is
-                named in a warning and counts as an image without activity.
+            images: [N, C, H, W], or a data set of [C, H, W] in the network's space. An item that cannot be read, or holds
+                NaN, is named in a warning and counts as an image without activity.
             layers: names or aliases; convolutions read before their ReLU.
             scale: the sigma that activity is divided by: "unit" (standard deviation of each unit, Zhang et al.'s release),
-                "channel" (of each channel over its map), "auto" (per unit from 200 images on), or tensors [D, H, W] or [D, 1, 1] by
-                layer name, as those of another call.
-            negatives: images, ideally a thousand of anything, whose deviations are taken (the release's choice); without them those
-                of ``images``.
+                "channel" (of each channel over its map), "auto" (per unit from 200 images), or tensors [D, H, W] or [D, 1, 1]
+                by layer name, as those of another call.
+            negatives: images, ideally a thousand of anything, whose deviations are taken (the release's choice); without them
+                those of ``images``.
             batch_size: images per forward pass.
             progress: called with (images done, images in all).
             memory: bytes of maps from which they are kept in files instead.
@@ -201,7 +201,8 @@ class _Store:
             return
         if folder is None:
             self.home = tempfile.TemporaryDirectory(prefix="conelens-features-")
-        root = Path(folder if self.home is None else self.home.name)
+            folder = self.home.name
+        root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
         about = {f"{number}.f16": {"layer": name, "shape": shape} for number, (name, shape) in enumerate(shapes.items())}
         (root / "features.json").write_text(json.dumps(about, indent=1), encoding="utf-8")

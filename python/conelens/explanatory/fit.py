@@ -67,7 +67,7 @@ class LayerFit:
         self.features = features
         self.rules = rules
         self.parents = parents
-        self.edges = 0 if self.parents is None else min(edges, len(self.parents.index))
+        self.edges = 0 if self.parents is None else min(edges, len(self.parents.nodes))
         self.first_image = first_image
         self.device = layer.mean.device
 
@@ -149,8 +149,8 @@ class LayerFit:
     def _choose_by_likelihood(self, total: Statistics, step: Tensor) -> None:
         """Parents under which a node's own displacement d is most likely: per unit of its mass, log N(d; delta, sigma^2).
 
-        The expected log-likelihood of a product of Gaussians is a sum over its factors, so that choosing one parent after the other,
-        as the papers do, and choosing the best M at once is the same.
+        The expected log-likelihood of a product of Gaussians is a sum over its factors, so that choosing one parent after the
+        other, as the papers do, and choosing the best M at once is the same.
         """
         assert self.parents is not None and total.squares is not None and total.pull is not None
         assert total.moved is not None and total.spread is not None
@@ -184,7 +184,7 @@ class LayerFit:
         assert self.parents is not None
         layer, count = self.layer, self.edges
         best = torch.sort(score, dim=1, descending=True, stable=True).indices[:, :count]
-        edges, strength = self.parents.index[best], strength.gather(1, best).to(layer.mean)
+        edges, strength = self.parents.nodes[best], strength.gather(1, best).to(layer.mean)
         if layer.edges is not None and layer.strength is not None:
             edges = torch.where(alive[:, None], edges, layer.edges.view(-1, count))
             strength = torch.where(alive[:, None], strength, layer.strength.view(-1, count))
@@ -201,14 +201,14 @@ class LayerFit:
 def choose_candidates(layer: GraphLayer, summary: Summary, rules: Rules, edges: int) -> Tensor:
     """Which nodes [U] of a finished layer may become parents.
 
-    With a pool: nodes that were never found are left out, then the half that moves least (they carry no information), then those
-    with a mean position within a tenth of the map from its border; of the rest the best by score. Fewer than ``edges`` left: as many as
-    it takes by score alone, found ones first.
+    With a pool: nodes that were never found are left out, then the half that moves least (they carry no information), then
+    those with a mean position within a tenth of the map from its border; of the rest the best by score. Fewer than ``edges``
+    left: as many as it takes by score alone, found ones first.
     """
     nodes = layer.sigma.numel()
     if rules.pool is None:
         return torch.arange(nodes, device=layer.mean.device)
-    middle, half = _frame(layer.grid)
+    _, half = _frame(layer.grid)
     order = torch.sort(summary.score, descending=True, stable=True).indices
     found = summary.score > 0
     moving = torch.zeros(nodes, dtype=torch.bool, device=order.device)

@@ -1,4 +1,4 @@
-"""The explanatory graph: part patterns of every filter, linked across layers; learned, inferred, kept (Zhang et al. 2018, 2021)."""
+"""The explanatory graph (Zhang et al. 2018, 2021): part patterns of every filter, linked across layers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ class FitInterrupted(KeyboardInterrupt):
 class ExplanatoryGraph:
     """Nodes and edges of some layers of a network. Made by :meth:`fit` or :meth:`load`.
 
-    layers: GraphLayer by name, bottom first.  scale: what activity is divided by, for images to come.  settings: how it was made.
+    layers: GraphLayer by name, bottom first.  scale: what activity is divided by, for images to come.
+    settings: how it was made.
     """
 
     def __init__(
@@ -258,7 +259,7 @@ def _counts(features: Features, nodes_per_filter: Sequence[int] | int | None) ->
     for name, count, size in zip(features.layers, counts, sizes, strict=True):
         if not 1 <= count <= size[0] * size[1]:
             raise ArgumentError(
-                f"nodes_per_filter: got {count} for {name}, wanted 1 to {size[0] * size[1]} (its map has {size[0]}x{size[1]} cells)"
+                f"nodes_per_filter: got {count} for {name}, wanted 1 to {size[0] * size[1]}, as many as its map has cells"
             )
     return counts
 

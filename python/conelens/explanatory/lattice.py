@@ -20,7 +20,7 @@ _SMOOTH = 0.025  # of the map: deviation of the smoothing
 def lattice_step(
     features: Tensor, mean: Tensor, shift: Tensor | None, sigma: Tensor, weight: Tensor, tau: Tensor, grid: Grid, spread: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As ``ops.graph_e_step`` with arg-max, over points instead of units; ``spread`` [D, K]: the nodes' sigma, pixels, sizes windows.
+    """As ``ops.graph_e_step`` with arg-max, over points instead of units; ``spread`` [D, K] sizes their windows, pixels.
 
     -> mass [I,D,K], first [I,D,K,2], second [I,D,K], log_likelihood [I,D] (of the whole map's units), positions [I,D,K,2] in
     pixels, scores [I,D,K].
@@ -55,7 +55,7 @@ def lattice_step(
 
 
 def _weights(place: Tensor, cells: int, deviation: float) -> Tensor:
-    """Gaussian weights [..., cells] of the map's cells for points at ``place`` [...], in cells; together one, were the map endless."""
+    """Gaussian weights [..., cells] of the map's cells for points ``place`` [...], in cells; they add up to one on an endless map."""
     near = torch.arange(-int(3 * deviation) - 2, cells + int(3 * deviation) + 2, device=place.device)
     weights = torch.exp(-(place[..., None] - near).square() / (2 * deviation**2))
     inside = (near >= 0) & (near < cells)

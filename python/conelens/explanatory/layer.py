@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ class Placement(NamedTuple):
     """Where the nodes of a layer are in N images.
 
     positions [N, D, K, 2] float32: (y, x) in pixels of the network's input.
-    scores [N, D, K] float32: activity times density of the unit taken, S = F(x) P(x | V, R); 0: the node is nowhere in this image,
-        and its position is where it was expected.
+    scores [N, D, K] float32: activity times density of the unit taken, S = F(x) P(x | V, R); 0: the node is nowhere in this
+        image, and its position is where it was expected.
     activations [N, D, K] float32: the normalised activity F of that unit.
     """
 
@@ -56,11 +56,12 @@ class Found(NamedTuple):
 class GraphLayer:
     """The nodes of one layer: K part patterns for each of its D filters. Pixels, (y, x).
 
-    mean [D, K, 2]: prior position mu.  sigma [D, K]: spread estimated from the images, with which a node constrains its children.
+    mean [D, K, 2]: prior position mu.
+    sigma [D, K]: spread estimated from the images, with which a node constrains its children.
     prior_sigma [D, K]: spread of the node's own density (of its parents together, or 0.15 of the map in the top layer).
     anchor [D, K, 2]: position from which its displacement is measured.
     edges [D, K, M] int64 into the flattened D' * K' nodes of the layer above, strongest first; None in the top layer.
-    strength [D, K, M]: share of the node's movement that the parent explains, at most 1 (of the release's criterion: mean kernel).
+    strength [D, K, M]: share of the node's movement that the parent explains, at most 1 (the release's criterion: mean kernel).
     mean_score: mean of all scores over the images it was fitted on; scores divided by it compare between layers.
     history: log-likelihood per unit of activity at each iteration.
     """
@@ -83,8 +84,8 @@ class GraphLayer:
 
     def to(self, device: torch.device | str) -> GraphLayer:
         """The same layer on another device."""
-        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in vars(self).items()}
-        return GraphLayer(**moved)
+        moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
     def least_sigma(self) -> tuple[float, float]:
         """Bounds of ``sigma``: 0.1 to 1 times the distance between a filter's nodes if they were spread evenly."""
@@ -130,7 +131,7 @@ class GraphLayer:
         return Found(found.mass, found.first, found.second, found.log_likelihood, positions, found.score)
 
     def place(self, features: Tensor, parents: Parents | None, rules: Rules) -> Placement:
-        """Where the nodes are in features [I, D, H, W]: S_V = max over units of F(x) P(x | V, R) (§ inference of the papers)."""
+        """Where the nodes are in features [I, D, H, W]: S_V = max over units of F(x) P(x | V, R), as in the papers."""
         found = self.find(features, self.expect(rules, len(features), parents), rules, argmax=True)
         assert found.positions is not None and found.scores is not None
         cells = self.grid.cells(found.positions).flatten(2)  # [I, D, K]
@@ -143,16 +144,16 @@ class Parents(NamedTuple):
 
     displacement: Tensor  # [I, U, 2]
     sigma: Tensor  # [U]
-    index: Tensor  # [U] int64: which nodes of the layer above the candidates are
+    nodes: Tensor  # [U] int64: which nodes of the layer above the candidates are
     local: Tensor  # [D' * K'] int64: the candidate's number of each node, -1 for the others
 
     @classmethod
-    def of(cls, above: GraphLayer, index: Tensor, positions: Tensor) -> Parents:
-        """Candidates ``index`` [U] of a layer, found at ``positions`` [I, U, 2]."""
-        local = torch.full((above.sigma.numel(),), -1, dtype=torch.int64, device=index.device)
-        local[index] = torch.arange(len(index), device=index.device)
-        displacement = positions - above.anchor.flatten(0, 1)[index]
-        return cls(displacement, above.sigma.flatten()[index], index, local)
+    def of(cls, above: GraphLayer, nodes: Tensor, positions: Tensor) -> Parents:
+        """Candidates ``nodes`` [U] of a layer, found at ``positions`` [I, U, 2]."""
+        local = torch.full((above.sigma.numel(),), -1, dtype=torch.int64, device=nodes.device)
+        local[nodes] = torch.arange(len(nodes), device=nodes.device)
+        displacement = positions - above.anchor.flatten(0, 1)[nodes]
+        return cls(displacement, above.sigma.flatten()[nodes], nodes, local)
 
     def part(self, start: int, stop: int) -> Parents:
         """Of images [start, stop)."""

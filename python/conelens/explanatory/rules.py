@@ -19,10 +19,10 @@ class Rules:
     edges: "likelihood" takes the parents under which a node's own displacement is most likely; "kernel" those with the largest
         sum of exp(-squared relative displacement / 2b), as the release.
     edges_first: parents are chosen before the means move, from the last iteration's inference, instead of after.
-    pool: candidate parents kept by score, after the half that moves least and those at the border are left out; None: all nodes.
+    pool: candidate parents kept by score, after the half that moves least and those at the border are left out; None: all.
     domain: "grid", every unit of the map; "lattice", 6 x 6 points in a window round the node, over smoothed activity.
     weight: of a node in a channel's mixture, per image: "agreement", a normalised Gaussian times how well its parents agree;
-        "geometric", the geometric mean of its parents' Gaussians; "release", agreement times sigma times the product of 1 / sigma.
+        "geometric", the geometric mean of its parents' Gaussians; "release", agreement times sigma over the product of sigmas.
     top_sigma: spread of nodes without parents: "fixed", 0.15 of the map, or "estimated" like that of parents.
     noise, noise_scale: density of the noise component: "relative", ``noise`` times the mean mass per cell of the image's nodes,
         or "absolute", ``noise`` per cell.
@@ -76,7 +76,7 @@ _VGG16 = ("conv4_2", "conv4_3", "conv5_2", "conv5_3")
 
 
 def preset_layers(net: Network) -> list[str]:
-    """The layers the papers take, bottom first: of VGG-16 four, of a residual network the last convolutions at 28, 14 and 7 cells.
+    """The layers the papers take, bottom first: of VGG-16 four, of a ResNet the last convolutions at 28, 14 and 7 cells.
 
     ArgumentError for other networks: name the layers then.
     """
@@ -91,8 +91,8 @@ def preset_layers(net: Network) -> list[str]:
     if all(shape in last for shape in wanted):
         return [last[shape] for shape in wanted]
     raise ArgumentError(
-        "layers: this network is no VGG-16 or ResNet at 224 pixels, for which layers are known; give layers=[...], bottom first "
-        "(net.layers() lists them)"
+        "layers: this network is no VGG-16 or ResNet at 224 pixels, for which layers are known; give layers=[...], bottom "
+        "first (net.layers() lists them)"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,16 +34,16 @@ class Statistics:
     def __add__(self, other: Statistics) -> Statistics:
         if not isinstance(other, Statistics):
             return NotImplemented
-        merged = {f.name: _plus(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
-        merged["seen"].sort(key=lambda part: part[0])
-        return Statistics(**merged)
+        merged = Statistics(*_sums(self, other))
+        merged.seen.sort(key=lambda part: part[0])
+        return merged
 
 
 @dataclass
 class Summary:
     """Where the nodes of a finished layer were found, summed over images; ``a + b`` merges.
 
-    count: images.  score [V], position [V, 2], square [V]: sums of scores, positions and squared distances from the map's middle.
+    count: images.  score [V], position [V, 2], square [V]: sums of scores, positions, squared distances from the map's middle.
     """
 
     count: int
@@ -53,7 +54,7 @@ class Summary:
     def __add__(self, other: Summary) -> Summary:
         if not isinstance(other, Summary):
             return NotImplemented
-        return Summary(**{f.name: _plus(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)})
+        return Summary(*_sums(self, other))
 
     @classmethod
     def of(cls, positions: Tensor, scores: Tensor) -> Summary:
@@ -72,8 +73,10 @@ class Summary:
         return self.square / self.count - self.mean.square().sum(-1)
 
 
-def _plus(a: object, b: object) -> object:
-    return a if b is None else b if a is None else a + b  # type: ignore[operator]
+def _sums(a: Any, b: Any) -> list[Any]:
+    """Field by field; what only one of them has is taken as it is."""
+    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(a)]
+    return [x if y is None else y if x is None else x + y for x, y in pairs]
 
 
 def nothing(nodes: int, device: torch.device) -> Statistics:

@@ -20,7 +20,7 @@ FILE = "graph.safetensors"
 
 
 def write(folder: str | Path, layers: dict[str, GraphLayer], scale: dict[str, Tensor], settings: dict[str, Any]) -> None:
-    """Write ``graph.safetensors``, and ``graph.json``, what a person may read of it; the old files stay until both are complete."""
+    """Write ``graph.safetensors``, and ``graph.json``, for people to read; the old ones stay until both are complete."""
     from safetensors.torch import save
 
     folder = Path(folder)
