@@ -5,7 +5,9 @@
 #define CONELENS_H
 
 #include "channel_peaks.h"
+#include "collapse_parents.h"
 #include "deconv2d.h"
+#include "edge_scores.h"
 #include "gather_windows.h"
 #include "max_pool2d_with_switches.h"
 #include "max_unpool2d.h"
@@ -19,7 +21,9 @@ extern "C" {
 CONELENS_API const char* conelens_error_string(int code);
 
 CONELENS_API int conelens_channel_peaks_cpu(const conelens_channel_peaks_params* params, int threads);
+CONELENS_API int conelens_collapse_parents_cpu(const conelens_collapse_parents_params* params, int threads);
 CONELENS_API int conelens_deconv2d_cpu(const conelens_deconv2d_params* params, int threads);
+CONELENS_API int conelens_edge_scores_cpu(const conelens_edge_scores_params* params, int threads);
 CONELENS_API int conelens_gather_windows_cpu(const conelens_gather_windows_params* params, int threads);
 CONELENS_API int conelens_max_pool2d_with_switches_cpu(const conelens_max_pool2d_params* params, int threads);
 CONELENS_API int conelens_max_unpool2d_cpu(const conelens_max_unpool2d_params* params, int threads);

@@ -6,8 +6,10 @@
 #endif
 
 #include "channel_peaks/bind.h"
+#include "collapse_parents/bind.h"
 #include "conelens.h"
 #include "deconv2d/bind.h"
+#include "edge_scores/bind.h"
 #include "gather_windows/bind.h"
 #include "isa.h"
 #include "max_pool2d_with_switches/bind.h"
@@ -56,7 +58,9 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   m.attr("openmp") = bool(CONELENS_OPENMP);
 
   register_channel_peaks<Cpu>(m, conelens_channel_peaks_cpu);
+  register_collapse_parents<Cpu>(m, conelens_collapse_parents_cpu);
   register_deconv2d<Cpu>(m, conelens_deconv2d_cpu);
+  register_edge_scores<Cpu>(m, conelens_edge_scores_cpu);
   register_gather_windows<Cpu>(m, conelens_gather_windows_cpu);
   register_max_pool2d_with_switches<Cpu>(m, conelens_max_pool2d_with_switches_cpu);
   register_max_unpool2d<Cpu>(m, conelens_max_unpool2d_cpu, conelens_max_unpool2d_backward_cpu);

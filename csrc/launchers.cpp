@@ -37,7 +37,9 @@
 #endif
 
 CONELENS_CPU_LAUNCHER(channel_peaks, conelens_channel_peaks_params)
+CONELENS_CPU_LAUNCHER(collapse_parents, conelens_collapse_parents_params)
 CONELENS_CPU_LAUNCHER(deconv2d, conelens_deconv2d_params)
+CONELENS_CPU_LAUNCHER(edge_scores, conelens_edge_scores_params)
 CONELENS_CPU_LAUNCHER(gather_windows, conelens_gather_windows_params)
 CONELENS_CPU_LAUNCHER(max_pool2d_with_switches, conelens_max_pool2d_params)
 CONELENS_CPU_LAUNCHER(max_unpool2d, conelens_max_unpool2d_params)

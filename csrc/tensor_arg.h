@@ -71,6 +71,13 @@ class TensorArg {
     if (ndim() != wanted)
       fail(name, "has shape " + text(shape()) + ", wanted " + std::to_string(wanted) + " axes");
   }
+  void expect_contiguous(const char* name) const {
+    int64_t apart = 1;
+    for (int i = ndim(); i-- > 0; apart *= size(i)) {
+      if (size(i) == 0) return;
+      if (size(i) > 1 && stride(i) != apart) fail(name, "must be contiguous");
+    }
+  }
   void expect_writable(const char* name) const {
     if (read_only_) fail(name, "is read-only");
   }
