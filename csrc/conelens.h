@@ -9,6 +9,7 @@
 #include "deconv2d.h"
 #include "edge_scores.h"
 #include "gather_windows.h"
+#include "graph_e_step.h"
 #include "max_pool2d_with_switches.h"
 #include "max_unpool2d.h"
 #include "relu_change.h"
@@ -25,6 +26,7 @@ CONELENS_API int conelens_collapse_parents_cpu(const conelens_collapse_parents_p
 CONELENS_API int conelens_deconv2d_cpu(const conelens_deconv2d_params* params, int threads);
 CONELENS_API int conelens_edge_scores_cpu(const conelens_edge_scores_params* params, int threads);
 CONELENS_API int conelens_gather_windows_cpu(const conelens_gather_windows_params* params, int threads);
+CONELENS_API int conelens_graph_e_step_cpu(const conelens_graph_e_step_params* params, int threads);
 CONELENS_API int conelens_max_pool2d_with_switches_cpu(const conelens_max_pool2d_params* params, int threads);
 CONELENS_API int conelens_max_unpool2d_cpu(const conelens_max_unpool2d_params* params, int threads);
 CONELENS_API int conelens_max_unpool2d_backward_cpu(const conelens_max_unpool2d_params* params, int threads);

@@ -11,6 +11,7 @@
 #include "deconv2d/bind.h"
 #include "edge_scores/bind.h"
 #include "gather_windows/bind.h"
+#include "graph_e_step/bind.h"
 #include "isa.h"
 #include "max_pool2d_with_switches/bind.h"
 #include "max_unpool2d/bind.h"
@@ -62,6 +63,7 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   register_deconv2d<Cpu>(m, conelens_deconv2d_cpu);
   register_edge_scores<Cpu>(m, conelens_edge_scores_cpu);
   register_gather_windows<Cpu>(m, conelens_gather_windows_cpu);
+  register_graph_e_step<Cpu>(m, conelens_graph_e_step_cpu);
   register_max_pool2d_with_switches<Cpu>(m, conelens_max_pool2d_with_switches_cpu);
   register_max_unpool2d<Cpu>(m, conelens_max_unpool2d_cpu, conelens_max_unpool2d_backward_cpu);
   register_relu_change<Cpu>(m, conelens_relu_change_cpu);

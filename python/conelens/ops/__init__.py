@@ -11,6 +11,7 @@ from conelens.ops.conv2d_windows import conv2d_windows
 from conelens.ops.deconv2d import deconv2d
 from conelens.ops.edge_scores import edge_scores
 from conelens.ops.gather_windows import gather_windows
+from conelens.ops.graph_e_step import graph_e_step
 from conelens.ops.max_pool2d_with_switches import max_pool2d_with_switches
 from conelens.ops.max_unpool2d import max_unpool2d
 from conelens.ops.relu_change import relu_change
@@ -23,6 +24,7 @@ __all__ = [
     "deconv2d",
     "edge_scores",
     "gather_windows",
+    "graph_e_step",
     "max_pool2d_with_switches",
     "max_unpool2d",
     "relu_change",
