@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from conelens.errors import ArgumentError
-from conelens.explanatory.drawing import Link, Selection, draw_graph, select
+from conelens.explanatory.drawing import PATCH, Link, Selection, draw_graph, select
 from conelens.explanatory.pictures import Node, marked, top_patches
+from conelens.heatmaps import LABEL_COLOURS
 from tests.explanatory.scene import Coordinates, graph_of, layer, place, small
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -23,17 +24,17 @@ def names(selection: Selection) -> list[list[str]]:
     return [[f"{node.filter}/{node.node}" for node in row] for row in selection.rows]
 
 
-def test_the_top_row_holds_the_best_parents_and_those_below_take_turns() -> None:
+def test_the_top_row_holds_the_best_parents_and_those_above_take_turns_below() -> None:
     graph, placements = small()
-    chosen = select(graph, placements)
-    top, middle, low = names(chosen)
-    # parents by rank, 0/0 (4) and 1/0 (3) first, being of two filters; 1/1 ranks highest (9) but has nothing below it
-    assert top == ["0/0", "1/0", "0/1", "1/1"]
-    # 0/0 takes 0/0 (5 x 0.9 before 6 x 0.5), 1/0 takes 0/1 (6 x 0.4 before 2 x 0.8), 0/1 takes 1/0 (has nodes below), then 1/1
-    assert middle == ["0/0", "0/1", "1/0", "1/1"]
-    # middle 0/0 takes 1/1 (4 x 0.25), 0/1 takes 2/0 (5 x 0.5), 1/0 takes 1/0 (3 x 0.5); then what is left of 0/0, of 0/1
-    assert low == ["1/1", "2/0", "1/0", "0/0", "0/1"]
-    assert names(select(graph, placements, nodes=2)) == [["0/0", "1/0"], ["0/0", "0/1"], ["1/1", "2/0"]]
+    top, middle, low = names(select(graph, placements))
+    # best parent of each filter, 4 before 3; 1/1 ranks highest (9) but has nothing below it
+    assert top == ["0/0", "1/0"]
+    # 0/0 takes 0/0 (rank 5 x share 8/8 before 6 x 6/8); 1/0 takes 1/0 (2 x 7/8), as the filter of 0/1 (6 x 5/8) is there
+    assert middle == ["0/0", "1/0"]
+    # 0/0 takes 1/1 (4 x 7/12), 1/0 takes 2/0 (5 x 7/12 before 3 x 11/12), then 0/0 takes 0/0 (1 x 11/12 before 2 x 2/12)
+    assert low == ["1/1", "2/0", "0/0"]
+    assert names(select(graph, placements, nodes=2)) == [top, middle, low[:2]]
+    assert names(select(graph, placements, nodes=1)) == [["0/0"], ["0/0"], ["1/1"]]
 
 
 def test_links_are_the_strongest_of_the_graph_between_drawn_nodes() -> None:
@@ -45,10 +46,10 @@ def test_links_are_the_strongest_of_the_graph_between_drawn_nodes() -> None:
             for node in row:
                 held = graph.layers[node.layer]
                 ends = zip(held.edges[node.filter, node.node].tolist(), held.strength[node.filter, node.node].tolist())
-                known = [Link(Node(upper_row[0].layer, *divmod(end, 2)), node, value) for end, value in ends if value > 0]
+                known = [Link(Node(upper_row[0].layer, *divmod(end, 2)), node, value) for end, value in ends]
                 expected += sorted((link for link in known if link.upper in upper_row), key=lambda link: -link.strength)[:most]
         assert chosen.links == expected
-        assert len(expected) > 4
+        assert len(expected) == 4 + most
 
 
 def test_a_root_shows_what_it_is_made_of() -> None:
@@ -58,7 +59,7 @@ def test_a_root_shows_what_it_is_made_of() -> None:
     assert {link.upper for link in chosen.links if link.lower.layer == "middle"} == {Node("top", 1, 0)}
     middle = select(graph, placements, root=Node("middle", 1, 0))
     assert [row[0].layer for row in middle.rows] == ["middle", "low"]
-    assert sorted(names(middle)[1]) == ["1/0", "1/1", "2/0"]
+    assert sorted(names(middle)[1]) == ["1/0", "2/0"]
     assert names(select(graph, placements, root=Node("top", 1, 1))) == [["1/1"]]
     assert names(select(graph, placements, root=Node("low", 0, 1))) == [["0/1"]]
 
@@ -76,9 +77,11 @@ def test_the_svg_is_whole_in_itself_and_shows_each_node_and_edge() -> None:
     for tile in tiles:
         kind, data = tile.attrib["href"].split(",")
         assert kind == "data:image/png;base64"
-        shown.add(Image.open(io.BytesIO(base64.b64decode(data))).tobytes())
-    patches = top_patches(Coordinates(2), placements, nodes, count=1)
-    assert shown == {marked(row.patches[0], 84).tobytes() for row in patches}
+        square = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+        shown.add(square[:55, :55].tobytes() + square[:55, 56:111].tobytes())
+        assert np.ptp(square[56:].reshape(-1, 3), 0).max() == 0  # room for two more images
+    patches = top_patches(Coordinates(2), placements, nodes, count=4)
+    assert shown == {b"".join(marked(patch, 55).tobytes() for patch in row.patches) for row in patches}
     words = [text.text for text in root.findall(f"{SVG}text")]
     assert [words.count(name) for name in ("top", "middle", "low")] == [1, 1, 1]
     assert sum(word.startswith("filter ") for word in words if word) == len(nodes)
@@ -86,25 +89,28 @@ def test_the_svg_is_whole_in_itself_and_shows_each_node_and_edge() -> None:
 
 
 def test_edges_are_as_wide_as_they_are_strong_and_end_at_their_nodes() -> None:
-    low = layer("low", 1, 3, [[[0], [0], [0]]], [[[0.5], [0.25], [1.0]]])
+    low = layer("low", 4, 1, [[[0]]] * 4, [[[0.5]], [[0.25]], [[1.0]], [[-0.5]]])
     graph = graph_of(low, layer("top", 1, 1))
-    placements = {"low": place(torch.tensor([[[3.0, 2.0, 1.0]]])), "top": place(torch.ones(1, 1, 1))}
-    drawing = draw_graph(graph, placements, Coordinates(1))
-    strengths = sorted(link.strength for link in drawing.selection.links)
-    assert [round((curve.width - 0.6) / 5.4, 6) for curve in drawing.curves] == strengths == [0.25, 0.5, 1.0]
+    placements = {"low": place(torch.tensor([3.0, 2.0, 1.5, 1.0]).view(1, 4, 1)), "top": place(torch.ones(1, 1, 1))}
+    drawing = draw_graph(graph, placements, Coordinates(1), nodes=4, patches=1)
+    assert sorted(link.strength for link in drawing.selection.links) == [-0.5, 0.25, 0.5, 1.0]
+    assert [(curve.width - 0.6) / 5.4 for curve in drawing.curves] == pytest.approx([0, 0.5, 2 / 3, 1])
+    colours = [curve.colour for curve in drawing.curves]
+    assert colours[1:] == [LABEL_COLOURS[0]] * 3 and np.ptp(colours[0]) < 20
     tops = {tile.at for tile in drawing.tiles}
     for curve in drawing.curves:
         (x0, y0), *_, (x3, y3) = curve.points
-        assert (x0 - 42, y0 - 84 - 30) in tops and (x3 - 42, y3) in tops
+        assert (x0 - PATCH / 2, y0 - PATCH - 30) in tops and (x3 - PATCH / 2, y3) in tops
     picture = np.asarray(drawing.image())
     assert picture.shape == (drawing.height, drawing.width, 3)
-    straight = next(curve for curve in drawing.curves if curve.points[0][0] == curve.points[3][0])
-    (x, y0), (_, y3) = straight.points[0], straight.points[3]
-    assert straight.width == 6
-    assert tuple(picture[round((y0 + y3) / 2), round(x)]) == straight.colour
+    for curve in drawing.curves:
+        (x, y), width = curve.points[3], curve.width
+        if width > 3:
+            assert tuple(picture[round(y) - 4, round(x)]) == curve.colour
     for tile in drawing.tiles:
         x, y = (round(value) for value in tile.at)
-        assert (picture[y + 2 : y + 82, x + 2 : x + 82] == np.asarray(tile.image)[2:82, 2:82]).all()
+        inside = slice(2, PATCH - 2)
+        assert (picture[y : y + PATCH, x : x + PATCH][inside, inside] == np.asarray(tile.image)[inside, inside]).all()
     assert drawing.image().tobytes() == picture.tobytes()
 
 

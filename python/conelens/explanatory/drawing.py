@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
     from conelens.explanatory.graph import ExplanatoryGraph
     from conelens.explanatory.layer import GraphLayer, Placement
 
-PATCH = 84  # pixels of a node's picture
+PATCH = 112  # pixels of a node's picture
 _GAP_X, _GAP_Y, _MARGIN, _NAMES, _LABEL = 16, 96, 14, 84, 30
+_IDLE: Colour = (200, 204, 210)  # of edges that explain nothing, and of nodes without a picture
 _THIN, _THICK = 0.6, 6.0
 _SMOOTH = 3  # curves are drawn so many times larger, then averaged
 
@@ -59,11 +61,12 @@ def select(
 ) -> Selection:
     """The strongest nodes of each layer that hang together, and their strongest edges.
 
-    Nodes are ranked by the sum of their best image scores (:func:`conelens.explanatory.pictures.rank_nodes`). The top row
-    holds the best ranked nodes: those with nodes below first, of these one per filter first; or ``root`` alone. Each further
-    row is filled by the nodes above in turn: each takes the node below with the largest product of rank and edge strength
-    that is not yet drawn (those with nodes below themselves first), until ``nodes`` are there. Of a node's edges to drawn
-    nodes the ``links`` strongest are drawn. Edges of strength 0 or less explain nothing and are passed over.
+    Nodes are ranked by the sum of their best image scores (:func:`conelens.explanatory.pictures.rank_nodes`). No row holds
+    two nodes of a filter, as these often lie close together. The top row holds the best ranked nodes, those with nodes below
+    first; or ``root`` alone. Each further row is filled by the nodes above in turn, until ``nodes`` are there: each takes the
+    node below with the largest product of rank score and strength, the strength of an edge being the share of the layer's
+    edges that are no stronger; nodes with nodes below themselves come first. Of a node's edges to drawn nodes the ``links``
+    strongest are drawn.
 
     Raises:
         ArgumentError: an unknown layer or node; placements that lack a layer.
@@ -106,8 +109,10 @@ def _top_row(graph: ExplanatoryGraph, placements: Mapping[str, Placement], names
     linked = _with_nodes_below(graph, names, names[0])
     ranked = rank_nodes(placements, names[0], linked.numel())
     ranked.sort(key=lambda node: not linked[node.filter, node.node])
-    first = {node.filter: node for node in reversed(ranked)}  # the best one of each filter
-    return sorted(ranked, key=lambda node: (not linked[node.filter, node.node], first[node.filter] != node))[:count]
+    best: dict[int, Node] = {}
+    for node in ranked:
+        best.setdefault(node.filter, node)
+    return list(best.values())[:count]
 
 
 def _row_below(
@@ -123,21 +128,21 @@ def _row_below(
     linked = _with_nodes_below(graph, names, lower).flatten()
     ranks = rank_scores(placements[lower]).flatten()
     edges, strength = _edges(layer)
+    share = torch.searchsorted(strength.flatten().sort().values, strength, right=True) / strength.numel()
     queues = []
     for node in above:
-        value = ranks * (strength * (edges == _flat(graph, node))).amax(1)
+        value = ranks * (share * (edges == _flat(graph, node))).amax(1)
         order = torch.argsort(value + linked * (value.max() + 1), descending=True, stable=True)
-        queues.append(iter(order[value[order] > 0].tolist()))
-    chosen: dict[int, Node] = {}
-    while queues and len(chosen) < count:
-        still = []
+        queues.append(divmod(flat, layer.mean.shape[1]) for flat in order[value[order] > 0].tolist())
+    chosen: dict[int, Node] = {}  # by filter
+    while True:
+        before = len(chosen)
         for queue in queues:
-            flat = next((flat for flat in queue if flat not in chosen), None)
-            if flat is not None and len(chosen) < count:
-                chosen[flat] = Node(lower, *divmod(flat, layer.mean.shape[1]))
-                still.append(queue)
-        queues = still
-    return list(chosen.values())
+            free = next((pair for pair in queue if pair[0] not in chosen), None)
+            if free is not None and len(chosen) < count:
+                chosen[free[0]] = Node(lower, *free)
+        if len(chosen) in (before, count):
+            return list(chosen.values())
 
 
 def _links(graph: ExplanatoryGraph, lower: Node, above: Sequence[Node]) -> list[Link]:
@@ -146,7 +151,7 @@ def _links(graph: ExplanatoryGraph, lower: Node, above: Sequence[Node]) -> list[
     row = _flat(graph, lower)
     edges, strength = (values[row].tolist() for values in _edges(graph.layers[lower.layer]))
     pairs = zip(edges, strength, strict=True)
-    found = [Link(known[parent], lower, value) for parent, value in pairs if parent in known and value > 0]
+    found = [Link(known[parent], lower, value) for parent, value in pairs if parent in known]
     return sorted(found, key=lambda link: -link.strength)
 
 
@@ -252,26 +257,39 @@ def draw_graph(
     links: int = 3,
     root: Node | None = None,
     image: int | None = None,
+    patches: int = 4,
     side: int = SIDE,
 ) -> Drawing:
-    """Draw what :func:`select` chooses: top layer on top, edges as wide as they are strong, in the colour of the upper node.
+    """Draw what :func:`select` chooses, the top layer on top; a node is the photograph around it where it scores best.
 
-    The strongest of the drawn edges between two layers is the widest.
+    Edges have the colour of their upper node and are the wider the stronger: of those drawn between two layers the weakest
+    has the least width, the strongest the largest. Edges of strength 0 or less, which explain nothing, are grey.
 
     Args:
         graph, placements, nodes, links, root: as for :func:`select`; with ``root`` a node and what it is made of.
         dataset: the images of ``placements``.
-        image: show every node on this image; None: on the image where its score is highest.
+        image: show every node on this image alone.
+        patches: images per node, in a square.
         side: of a patch, in pixels of the network input.
     """
     selection = select(graph, placements, nodes=nodes, links=links, root=root)
     pool = None if image is None else [image]
-    shown = top_patches(dataset, placements, [n for row in selection.rows for n in row], images=pool, count=1, side=side)
-    pictures = {row.node: row.patches[0] for row in shown if len(row.patches)}
-    return _lay_out(selection, pictures)
+    drawn = [node for row in selection.rows for node in row]
+    shown = top_patches(dataset, placements, drawn, images=pool, count=patches, side=side)
+    return _lay_out(selection, {row.node: _mosaic(row.patches, 1 if image is not None else patches) for row in shown})
 
 
-def _lay_out(selection: Selection, pictures: Mapping[Node, np.ndarray]) -> Drawing:
+def _mosaic(patches: np.ndarray, room: int) -> Image.Image:
+    """Patches, best first, in a square that holds ``room`` of them."""
+    across = math.ceil(math.sqrt(room))
+    side = (PATCH - across + 1) // across
+    square = Image.new("RGB", (PATCH, PATCH), _IDLE)
+    for number, patch in enumerate(patches):
+        square.paste(marked(patch, side), (number % across * (side + 1), number // across * (side + 1)))
+    return square
+
+
+def _lay_out(selection: Selection, pictures: Mapping[Node, Image.Image]) -> Drawing:
     widest = max(len(row) for row in selection.rows)
     inner = max(2, widest) * (PATCH + _GAP_X) - _GAP_X
     places: dict[Node, Point] = {}
@@ -294,13 +312,10 @@ def _lay_out(selection: Selection, pictures: Mapping[Node, np.ndarray]) -> Drawi
         (x0, y0), (x3, y3) = places[link.upper], places[link.lower]
         start, end = (x0 + PATCH / 2, y0 + PATCH + _LABEL), (x3 + PATCH / 2, y3)
         middle = (start[1] + end[1]) / 2
-        curves.append(_Curve((start, (start[0], middle), (end[0], middle), end), width, colours[link.upper]))
+        colour = colours[link.upper] if link.strength > 0 else _IDLE
+        curves.append(_Curve((start, (start[0], middle), (end[0], middle), end), width, colour))
     curves.sort(key=lambda curve: curve.width)  # the strongest on top
-    tiles = []
-    for node, at in places.items():
-        patch = pictures.get(node)
-        blank = Image.new("RGB", (PATCH, PATCH), (236, 238, 241))  # not seen on the wanted image
-        tiles.append(_Tile(at, blank if patch is None else marked(patch, PATCH), colours[node]))
+    tiles = [_Tile(at, pictures[node], colours[node]) for node, at in places.items()]
     height = _MARGIN + len(selection.rows) * (PATCH + _LABEL + _GAP_Y) - _GAP_Y
     return Drawing(selection, 2 * _MARGIN + _NAMES + inner, height, curves, tiles, words)
 
@@ -316,11 +331,16 @@ def _ordered(row: Sequence[Node], links: Sequence[Link], places: Mapping[Node, P
 
 
 def _widths(links: Sequence[Link]) -> list[float]:
-    """Line widths in proportion to strength: the strongest edge between two layers is the widest there."""
-    most: dict[str, float] = {}
+    """Line widths that grow with strength, from the weakest to the strongest of the edges drawn between two layers."""
+    found: dict[str, list[float]] = {}
     for link in links:
-        most[link.lower.layer] = max(most.get(link.lower.layer, 0.0), link.strength)
-    return [_THIN + (_THICK - _THIN) * link.strength / most[link.lower.layer] for link in links]
+        found.setdefault(link.lower.layer, []).append(link.strength)
+    widths = []
+    for link in links:
+        low, high = min(found[link.lower.layer]), max(found[link.lower.layer])
+        share = (link.strength - low) / (high - low) if high > low else 1.0
+        widths.append(_THIN + (_THICK - _THIN) * share)
+    return widths
 
 
 def _png(image: Image.Image) -> str:

@@ -202,7 +202,7 @@ def _best_images(
 def patch_sheet(rows: Sequence[NodePatches], side: int = 112) -> Image.Image:
     """One line per node: its name, rank and number of images, then its patches, best first; a ring marks the node's position.
 
-    Each patch is shown ``side`` pixels wide, with its image and score below.
+    Each patch is shown ``side`` pixels wide, with its image below and its score there as a share of the best one.
     """
     if not rows:
         raise ArgumentError("rows: got none, wanted the patches of at least one node")
@@ -213,7 +213,7 @@ def patch_sheet(rows: Sequence[NodePatches], side: int = 112) -> Image.Image:
             columns,
             side,
             4,
-            [f"image {image}, score {tell(score)}" for image, score in zip(row.images, row.scores, strict=True)],
+            [f"image {i}: {tell(score / row.scores[0], True)}" for i, score in zip(row.images, row.scores, strict=True)],
         )
         for row in rows
     ]

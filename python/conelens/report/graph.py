@@ -27,8 +27,9 @@ GUIDE = (
     "image to image as the node above it does. In all pictures the ring is the node's position."
 )
 _DRAWN = (
-    "Layers are rows, the top layer on top. Each node shows the photograph around it in the image where its score is highest. "
-    "Edges take the colour of the upper node and are the wider the stronger they are."
+    "Layers are rows, the top layer on top. Each node shows the photograph around it in the four images where its score is "
+    "highest. Edges take the colour of the upper node and are the wider the stronger they are; grey ones explain nothing of "
+    "how the lower node moves."
 )
 _HEAT = (
     "Per layer, top layer first: the sum of the scores of the stronger half of its nodes, each spread about its place in this "
