@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 
 from conelens.errors import ArgumentError
 from conelens.explanatory.drawing import PATCH, Link, Selection, draw_graph, select
@@ -86,6 +86,22 @@ def test_the_svg_is_whole_in_itself_and_shows_each_node_and_edge() -> None:
     assert [words.count(name) for name in ("top", "middle", "low")] == [1, 1, 1]
     assert sum(word.startswith("filter ") for word in words if word) == len(nodes)
     assert svg == draw_graph(graph, placements, Coordinates(2)).svg("a <title> & more")
+
+
+def test_long_layer_names_have_room_and_edges_tell_their_strength() -> None:
+    graph, placements = small()
+    name = "encoder.layer4.2.residual.convolution"
+    graph.layers["top"].name = name
+    named = graph_of(*graph.layers.values())
+    drawing = draw_graph(named, {**placements, name: placements["top"]}, Coordinates(2))
+    root = ElementTree.fromstring(drawing.svg())
+    (text,) = (text for text in root.findall(f"{SVG}text") if text.text == name)
+    first = min(float(tile.attrib["x"]) for tile in root.findall(f"{SVG}image"))
+    end = float(text.attrib["x"]) + ImageFont.load_default(14).getlength(name)
+    assert first - 40 < end < first
+    notes = {note.text for note in root.findall(f"{SVG}path/{SVG}title")}
+    assert f"{name} filter 0 node 0 to middle filter 0 node 0: strength 0.9" in notes
+    assert len(notes) == len(drawing.selection.links)
 
 
 def test_edges_are_as_wide_as_they_are_strong_and_end_at_their_nodes() -> None:

@@ -17,7 +17,17 @@ from torch import Tensor
 
 from conelens.diagram import bezier
 from conelens.errors import ArgumentError
-from conelens.explanatory.pictures import SIDE, Node, Photographs, check_node, marked, rank_nodes, rank_scores, top_patches
+from conelens.explanatory.pictures import (
+    SIDE,
+    Node,
+    Photographs,
+    check_node,
+    marked,
+    name_room,
+    rank_nodes,
+    rank_scores,
+    top_patches,
+)
 from conelens.figures import FAINT, INK, PAPER, write
 from conelens.heatmaps import LABEL_COLOURS, Colour
 
@@ -26,7 +36,7 @@ if TYPE_CHECKING:
     from conelens.explanatory.layer import GraphLayer, Placement
 
 PATCH = 112  # pixels of a node's picture
-_GAP_X, _GAP_Y, _MARGIN, _NAMES, _LABEL = 16, 96, 14, 84, 30
+_GAP_X, _GAP_Y, _MARGIN, _LABEL = 16, 96, 14, 30
 _IDLE: Colour = (200, 204, 210)  # of edges that explain nothing, and of nodes without a picture
 _THIN, _THICK = 0.6, 6.0
 _SMOOTH = 3  # curves are drawn so many times larger, then averaged
@@ -175,6 +185,7 @@ class _Curve:
     points: tuple[Point, Point, Point, Point]
     width: float
     colour: Colour
+    note: str
 
 
 @dataclass(frozen=True)
@@ -216,7 +227,7 @@ class Drawing:
             start, first, second, end = (f"{x:.1f},{y:.1f}" for x, y in curve.points)
             parts.append(
                 f'<path d="M{start} C{first} {second} {end}" fill="none" stroke="{_hex(curve.colour)}" '
-                f'stroke-width="{curve.width:.2f}"/>'
+                f'stroke-width="{curve.width:.2f}"><title>{escape(curve.note)}</title></path>'
             )
         for tile in self.tiles:
             (x, y), image = tile.at, tile.image
@@ -291,6 +302,7 @@ def _mosaic(patches: np.ndarray, room: int) -> Image.Image:
 
 def _lay_out(selection: Selection, pictures: Mapping[Node, Image.Image]) -> Drawing:
     widest = max(len(row) for row in selection.rows)
+    names = name_room([row[0].layer for row in selection.rows])
     inner = max(2, widest) * (PATCH + _GAP_X) - _GAP_X
     places: dict[Node, Point] = {}
     colours: dict[Node, Colour] = {}
@@ -299,25 +311,26 @@ def _lay_out(selection: Selection, pictures: Mapping[Node, Image.Image]) -> Draw
         top = _MARGIN + rank * (PATCH + _LABEL + _GAP_Y)
         pitch = inner / max(1, len(row))
         for place, node in enumerate(_ordered(row, selection.links, places)):
-            places[node] = (_MARGIN + _NAMES + (place + 0.5) * pitch - PATCH / 2, top)
+            places[node] = (_MARGIN + names + (place + 0.5) * pitch - PATCH / 2, top)
             colours[node] = LABEL_COLOURS[place % len(LABEL_COLOURS)]
             x = places[node][0]
             words.append(_Words((x, top + PATCH + 2), f"filter {node.filter}", 11, PATCH, INK))
             words.append(_Words((x, top + PATCH + 15), f"node {node.node}", 10, PATCH, FAINT))
-        told = f"{len(row)} node{'s'[: len(row) > 1]}"
-        words.append(_Words((_MARGIN, top + PATCH / 2 - 16), row[0].layer, 14, _NAMES - 6, INK))
-        words.append(_Words((_MARGIN, top + PATCH / 2 + 2), told, 10, _NAMES - 6, FAINT))
+        told = "1 node" if len(row) == 1 else f"{len(row)} nodes"
+        words.append(_Words((_MARGIN, top + PATCH / 2 - 16), row[0].layer, 14, names, INK))
+        words.append(_Words((_MARGIN, top + PATCH / 2 + 2), told, 10, names, FAINT))
     curves = []
     for link, width in zip(selection.links, _widths(selection.links), strict=True):
         (x0, y0), (x3, y3) = places[link.upper], places[link.lower]
         start, end = (x0 + PATCH / 2, y0 + PATCH + _LABEL), (x3 + PATCH / 2, y3)
         middle = (start[1] + end[1]) / 2
         colour = colours[link.upper] if link.strength > 0 else _IDLE
-        curves.append(_Curve((start, (start[0], middle), (end[0], middle), end), width, colour))
+        note = f"{link.upper} to {link.lower}: strength {link.strength:.2g}"
+        curves.append(_Curve((start, (start[0], middle), (end[0], middle), end), width, colour, note))
     curves.sort(key=lambda curve: curve.width)  # the strongest on top
     tiles = [_Tile(at, pictures[node], colours[node]) for node, at in places.items()]
     height = _MARGIN + len(selection.rows) * (PATCH + _LABEL + _GAP_Y) - _GAP_Y
-    return Drawing(selection, 2 * _MARGIN + _NAMES + inner, height, curves, tiles, words)
+    return Drawing(selection, 2 * _MARGIN + names + inner, height, curves, tiles, words)
 
 
 def _ordered(row: Sequence[Node], links: Sequence[Link], places: Mapping[Node, Point]) -> list[Node]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from conelens.errors import ArgumentError
@@ -217,7 +217,8 @@ def patch_sheet(rows: Sequence[NodePatches], side: int = 112) -> Image.Image:
         )
         for row in rows
     ]
-    left, margin, high = 124, 8, strips[0].height + 8
+    margin, high = 8, strips[0].height + 8
+    left = max(116, name_room([row.node.layer for row in rows])) + margin
     sheet = Image.new("RGB", (left + strips[0].width + 2 * margin, high * len(rows) + margin), PAPER)
     pen = ImageDraw.Draw(sheet)
     for number, (row, strip) in enumerate(zip(rows, strips, strict=True)):
@@ -228,6 +229,12 @@ def patch_sheet(rows: Sequence[NodePatches], side: int = 112) -> Image.Image:
         write(pen, (margin, top + 56), f"seen in {row.seen} images", 11, left - margin, FAINT)
         sheet.paste(strip, (left + margin, top))
     return sheet
+
+
+def name_room(names: Sequence[str], size: int = 14) -> int:
+    """Pixels that a column of names needs, with room to what stands beside it."""
+    font = ImageFont.load_default(size)
+    return max(round(font.getlength(name)) for name in names) + 24
 
 
 def marked(patch: np.ndarray, side: int) -> Image.Image:

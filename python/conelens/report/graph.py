@@ -31,10 +31,15 @@ _DRAWN = (
     "highest. Edges take the colour of the upper node and are the wider the stronger they are; grey ones explain nothing of "
     "how the lower node moves."
 )
+_NODES = (
+    "The nodes with the largest sum of their 50 best scores, at most two of a filter; best images first. Below each patch "
+    "stands its image, and its score as a share of the node's best one. Outside the photograph it is grey."
+)
 _HEAT = (
     "Per layer, top layer first: the sum of the scores of the stronger half of its nodes, each spread about its place in this "
     "image by its own sigma. White (yellow, over the photograph) is the largest value of that map."
 )
+_WIDE = 1280  # pixels of the page
 _CURVE_WIDE, _CURVE_HIGH = 280, 170
 
 
@@ -80,9 +85,10 @@ def graph_page(
         best = rank_nodes(placements, name, nodes, per_filter=2)
         if best:
             sheet = patch_sheet(top_patches(dataset, placements, best, count=patches))
-            text = "The nodes with the largest sum of their 50 best scores, at most two of a filter; best images first."
-            page.sections.append(Section(f"Nodes of {name}", text, [Figure(f"nodes_{safe_name(name)}", sheet)]))
-    page.sections.append(Section("Heat maps", _HEAT, [Figure("heat_maps", heat_sheet(dataset, graph, placements, images))]))
+            page.sections.append(Section(f"Nodes of {name}", _NODES, [Figure(f"nodes_{safe_name(name)}", sheet)]))
+    side = min(168, _WIDE // (1 + 2 * len(graph.layers)) - 4)
+    heat = heat_sheet(dataset, graph, placements, images, side=side)
+    page.sections.append(Section("Heat maps", _HEAT, [Figure("heat_maps", heat)]))
     page.sections.append(_learning(graph))
     return page
 
