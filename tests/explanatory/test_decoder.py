@@ -17,7 +17,7 @@ from conelens.errors import ArgumentError, CheckpointError
 from conelens.explanatory import decoder as module
 from conelens.explanatory.decoder import CHECKPOINT, Decoder, Recipe, TrainingInterrupted, low_pass, thin
 
-TOY = Recipe(steps=40, batch_size=8, size=8, width=6, widest=12, rate=1e-2)
+TOY = Recipe(steps=40, batch_size=8, size=8, width=12, widest=12, rate=1e-2)
 
 
 def toy(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -223,7 +223,7 @@ def tampered(file: Path, how: str) -> None:
     elif how == "format":
         about = about.replace("conelens.Decoder 1", "conelens.Decoder 0")
     elif how == "recipe":
-        about = about.replace('"width": 6', '"width": -6')
+        about = about.replace('"width": 12', '"width": -12')
     elif how == "steps":
         about = about.replace('"step": 40', '"step": 41')
     save_file(tensors, file, {"conelens": about})

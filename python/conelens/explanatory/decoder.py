@@ -37,7 +37,7 @@ class Recipe:
         steps: updates of the weights; ``batch_size`` images each, all images once before any comes again.
         seed: of the first weights, the order, the held-out images and the dropped units.
         size: longest side of the picture in pixels, at most: the map is doubled while it fits.
-        width: channels at the end of the last doubling; each layer before has twice as many, at most ``widest``.
+        width: channels before the last doubling; each layer before has twice as many, at most ``widest``.
         rate: Adam's, after a short warm-up falling to zero along a cosine.
         thinned: share of the images of a batch that lose units at random (:func:`thin`), so that sparse maps are nothing new.
         contrast: weight of the differences of neighbouring pixels in the loss, beside the pixels themselves.
@@ -48,7 +48,7 @@ class Recipe:
     batch_size: int = 16
     seed: int = 0
     size: int = 112
-    width: int = 24
+    width: int = 48
     widest: int = 192
     rate: float = 1e-3
     thinned: float = 0.5
@@ -215,11 +215,10 @@ class Decoder:
             depth, height, width = (int(n) for n in about["shape"])
             shape = (depth, height, width)
             errors = None if about["errors"] is None else Errors(*map(float, about["errors"]))
-            steps = int(about["steps"])
+            layer, steps = str(about["layer"]), int(about["steps"])
         except (KeyError, TypeError, ValueError, ArgumentError) as error:
             raise CheckpointError(f"{path}: no decoder that this version can read ({error!r})") from error
-        _check_weights(path, weights, _layout(shape, recipe))
-        return cls(str(about["layer"]), shape, recipe, weights, steps, errors)
+        return cls(layer, shape, recipe, _checked(path, weights, _layout(shape, recipe)), steps, errors)
 
 
 # ----------------------------------------------------------------------------------------------------- pictures and sparse maps
@@ -257,23 +256,28 @@ def _doublings(shape: tuple[int, int, int], size: int) -> int:
 def _layout(shape: tuple[int, int, int], recipe: Recipe) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the weights, in order."""
     ups = _doublings(shape, recipe.size)
-    widths = [min(recipe.widest, recipe.width * 2 ** (ups - number)) for number in range(ups + 1)]
+    widths = [min(recipe.widest, recipe.width * 2**number) for number in reversed(range(max(1, ups)))]
     layout: dict[str, tuple[int, ...]] = {"gather": (widths[0], shape[0], 1, 1), "mix": (widths[0], widths[0], 3, 3)}
-    layout |= {f"up{number + 1}": (*widths[number : number + 2], 4, 4) for number in range(ups)}
-    layout["colour"] = (3, widths[-1], 3, 3)
-    outputs = {name: size[1] if name.startswith("up") else size[0] for name, size in layout.items()}
-    return layout | {f"{name}.bias": (count,) for name, count in outputs.items()}
+    layout |= {f"up{number}": (*widths[number - 1 : number + 1], 4, 4) for number in range(1, len(widths))}
+    layout["colour"] = (widths[-1], 3, 4, 4) if ups else (widths[-1], 3, 3, 3)
+    biases = {f"{name}.bias": (size[0] if name in ("gather", "mix") else size[1],) for name, size in layout.items()}
+    return layout | biases
 
 
 def _paint(weights: dict[str, Tensor], maps: Tensor) -> Tensor:
-    """Maps [N, D, H, W] float32 -> pictures [N, 3, h, w], not yet held to 0..1."""
-    maps = maps.contiguous(memory_format=torch.channels_last)  # up-convolutions are twice as fast so on CPU
-    x = functional.conv2d(maps, weights["gather"], weights["gather.bias"])
+    """Maps [N, D, H, W] floating -> pictures [N, 3, h, w], not yet held to 0..1.
+
+    Two convolutions, then an up-convolution (4x4, stride 2) for each doubling, of which the last gives the colours.
+    """
+    # log: few units are ten times as strong as the others; channels last: twice as fast on CPU
+    x = maps.log1p().contiguous(memory_format=torch.channels_last)
+    x = functional.conv2d(x, weights["gather"], weights["gather.bias"])
     x = functional.conv2d(functional.leaky_relu(x, _SLOPE), weights["mix"], weights["mix.bias"], padding=1)
-    for number in range(1, 1 + sum(name.startswith("up") and not name.endswith("bias") for name in weights)):
-        x, name = functional.leaky_relu(x, _SLOPE), f"up{number}"
-        x = functional.conv_transpose2d(x, weights[name], weights[f"{name}.bias"], stride=2, padding=1)
-    return functional.conv2d(functional.leaky_relu(x, _SLOPE), weights["colour"], weights["colour.bias"], padding=1)
+    for name in [name for name in weights if name.startswith("up") and not name.endswith("bias")] + ["colour"]:
+        stride = weights[name].shape[2] - 2
+        x = functional.leaky_relu(x, _SLOPE)
+        x = functional.conv_transpose2d(x, weights[name], weights[f"{name}.bias"], stride=stride, padding=1)
+    return x
 
 
 def _begin(shape: tuple[int, int, int], recipe: Recipe, colour: Tensor) -> _State:
@@ -285,7 +289,7 @@ def _begin(shape: tuple[int, int, int], recipe: Recipe, colour: Tensor) -> _Stat
             weights[name] = torch.zeros(size)
             continue
         # a cell of an up-convolution is reached by a quarter of its taps
-        inputs = size[0] * 4 if name.startswith("up") else math.prod(size[1:])
+        inputs = math.prod(size[1:]) if name in ("gather", "mix") else size[0] * size[2] * size[3] / (size[2] - 2) ** 2
         gain = 0.1 if name == "colour" else math.sqrt(2 / (1 + _SLOPE**2))
         weights[name] = torch.randn(size, generator=generator) * (gain / math.sqrt(inputs))
     weights["colour.bias"] = colour.clone()
@@ -379,8 +383,7 @@ def _resume(file: Path, about: dict[str, Any]) -> _State | None:
     for name, value in tensors.items():
         group, _, inner = name.partition("/")
         groups.setdefault(group, {})[inner] = value
-    for values in groups.values():
-        _check_weights(file, values, layout)
+    groups = {group: _checked(file, values, layout) for group, values in groups.items()}
     step = theirs.get("step")
     if type(step) is not int or not 0 <= step <= about["recipe"]["steps"]:
         raise CheckpointError(f"{file}: its step is {step!r}, wanted 0..{about['recipe']['steps']}; remove that file")
@@ -412,12 +415,14 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{path}: no decoder that this version can read ({error})") from error
 
 
-def _check_weights(path: str | Path, weights: dict[str, Tensor], layout: dict[str, tuple[int, ...]]) -> None:
+def _checked(path: str | Path, weights: dict[str, Tensor], layout: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The weights in the order of ``layout``, if they are just these."""
     if {name: tuple(value.shape) for name, value in weights.items()} != layout:
         raise CheckpointError(f"{path}: its weights are not those of its recipe; train anew")
     broken = [name for name, value in weights.items() if value.dtype != torch.float32 or not bool(value.isfinite().all())]
     if broken:
         raise CheckpointError(f"{path}: {broken[0]} is not finite float32; train anew")
+    return {name: weights[name] for name in layout}
 
 
 def _check_maps(name: str, maps: Any, shape: tuple[int, int, int] | None) -> None:
