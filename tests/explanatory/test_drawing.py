@@ -110,7 +110,7 @@ def test_edges_are_as_wide_as_they_are_strong_and_end_at_their_nodes() -> None:
     placements = {"low": place(torch.tensor([3.0, 2.0, 1.5, 1.0]).view(1, 4, 1)), "top": place(torch.ones(1, 1, 1))}
     drawing = draw_graph(graph, placements, Coordinates(1), nodes=4, patches=1)
     assert sorted(link.strength for link in drawing.selection.links) == [-0.5, 0.25, 0.5, 1.0]
-    assert [(curve.width - 0.6) / 5.4 for curve in drawing.curves] == pytest.approx([0, 0.5, 2 / 3, 1])
+    assert [(curve.width - 1) / 5 for curve in drawing.curves] == pytest.approx([0, 0.25, 0.5, 1])
     colours = [curve.colour for curve in drawing.curves]
     assert colours[1:] == [LABEL_COLOURS[0]] * 3 and np.ptp(colours[0]) < 20
     tops = {tile.at for tile in drawing.tiles}

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 PATCH = 112  # pixels of a node's picture
 _GAP_X, _GAP_Y, _MARGIN, _LABEL = 16, 96, 14, 30
 _IDLE: Colour = (200, 204, 210)  # of edges that explain nothing, and of nodes without a picture
-_THIN, _THICK = 0.6, 6.0
+_THIN, _THICK = 1.0, 6.0
 _SMOOTH = 3  # curves are drawn so many times larger, then averaged
 
 Point = tuple[float, float]
@@ -273,8 +273,8 @@ def draw_graph(
 ) -> Drawing:
     """Draw what :func:`select` chooses, the top layer on top; a node is the photograph around it where it scores best.
 
-    Edges have the colour of their upper node and are the wider the stronger: of those drawn between two layers the weakest
-    has the least width, the strongest the largest. Edges of strength 0 or less, which explain nothing, are grey.
+    Edges have the colour of their upper node and are the wider the stronger; the strongest of those drawn between two layers
+    has the largest width. Edges of strength 0 or less, which explain nothing, are thin and grey.
 
     Args:
         graph, placements, nodes, links, root: as for :func:`select`; with ``root`` a node and what it is made of.
@@ -344,16 +344,12 @@ def _ordered(row: Sequence[Node], links: Sequence[Link], places: Mapping[Node, P
 
 
 def _widths(links: Sequence[Link]) -> list[float]:
-    """Line widths that grow with strength, from the weakest to the strongest of the edges drawn between two layers."""
-    found: dict[str, list[float]] = {}
+    """Line widths in proportion to strength: the strongest edge between two layers is the widest there."""
+    most: dict[str, float] = {}
     for link in links:
-        found.setdefault(link.lower.layer, []).append(link.strength)
-    widths = []
-    for link in links:
-        low, high = min(found[link.lower.layer]), max(found[link.lower.layer])
-        share = (link.strength - low) / (high - low) if high > low else 1.0
-        widths.append(_THIN + (_THICK - _THIN) * share)
-    return widths
+        most[link.lower.layer] = max(most.get(link.lower.layer, 0.0), link.strength)
+    shares = (max(0.0, link.strength) / (most[link.lower.layer] or 1.0) for link in links)
+    return [_THIN + (_THICK - _THIN) * share for share in shares]
 
 
 def _png(image: Image.Image) -> str:

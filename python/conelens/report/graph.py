@@ -28,8 +28,8 @@ GUIDE = (
 )
 _DRAWN = (
     "Layers are rows, the top layer on top. Each node shows the photograph around it in the four images where its score is "
-    "highest. Edges take the colour of the upper node and are the wider the stronger they are; grey ones explain nothing of "
-    "how the lower node moves."
+    "highest. Edges take the colour of the upper node and are the wider the stronger they are; thin grey ones explain nothing "
+    "of how the lower node moves."
 )
 _NODES = (
     "The nodes with the largest sum of their 50 best scores, at most two of a filter; best images first. Below each patch "
