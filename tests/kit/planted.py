@@ -1,8 +1,8 @@
 """Images with known moving parts, and a network whose filters answer to them.
 
-An object of three discs (one channel each) lies anywhere; each disc jitters a little; every channel also holds discs of clutter,
-often brighter than the part; a fourth channel holds clutter alone. The lower layer has a filter per channel; the upper one a filter
-for the first two parts together, one for the third, one for the clutter.
+An object of three discs (one channel each) lies anywhere; each disc jitters a little; every channel also holds discs of
+clutter, often brighter than the part; a fourth channel holds clutter alone. The lower layer has a filter per channel; the upper
+one a filter for the first two parts together, one for the third, one for the clutter.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Planted(NamedTuple):
     parts: Tensor  # [N, 3, 2] pixels
 
 
-def planted(count: int, seed: int = 0, clutter: int = 2, jitter: float = 1.5) -> Planted:
+def planted(count: int, seed: int = 0, clutter: int = 2, jitter: float = 1.5, roam: float = 34.0) -> Planted:
     generator = torch.Generator().manual_seed(seed)
-    centre = SIZE / 2 + (torch.rand(count, 1, 2, generator=generator) - 0.5) * 34
+    centre = SIZE / 2 + (torch.rand(count, 1, 2, generator=generator) - 0.5) * roam
     parts = centre + OFFSETS + torch.randn(count, 3, 2, generator=generator) * jitter
     images = torch.zeros(count, 4, SIZE, SIZE)
     images[:, :3] = _discs(parts)

@@ -38,7 +38,7 @@ def lattice_step(
         apart = point[:, :, None] - centre[..., axis][:, :, :, None, None]  # [I, D, U, K, 6]: from every node of the filter
         density.append(torch.exp(-apart.square() / (2 * sigma.square()[..., None, None])))
         offsets.append(offset)
-    activity = torch.einsum("idkay,idyx,idkbx->idkab", seen[0], features.float().clamp(min=0), seen[1])
+    activity = torch.einsum("idkay,idyx,idkbx->idkab", seen[0], features.to(mean.dtype).clamp(min=0), seen[1])
     total = torch.einsum("idu,iduka,idukb->idkab", weight, density[0], density[1]) + tau[:, None, None, None, None]
     own = [torch.diagonal(part, dim1=2, dim2=3).movedim(-1, 2) for part in density]  # [I, D, K, 6]
     mine = weight[..., None, None] * own[0][..., :, None] * own[1][..., None, :]

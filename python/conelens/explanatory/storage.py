@@ -35,7 +35,7 @@ def write(folder: str | Path, layers: dict[str, GraphLayer], scale: dict[str, Te
     parts = folder / "graph.json.part", folder / (FILE + ".part")
     try:
         # not save_file, which makes the file unreadable to others and hides why it cannot be written
-        held = save({key: value.detach().contiguous().cpu() for key, value in tensors.items()}, {"graph": text})
+        held = save({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}, {"graph": text})
         parts[0].write_text(text, encoding="utf-8")
         parts[1].write_bytes(held)
         for part in parts:
