@@ -108,30 +108,39 @@ void total(const Work<T>& work, int64_t begin, int64_t end) {
   }
 }
 
-// One node. All is relative to the first parent, so that parents who agree lose no digit.
+// One node, in two passes: a mean, first about the first parent, so that parents who agree lose no digit;
+// then, about that mean, what it lacks and the spread.
 template <class T, class Index>
 void collapse(const Work<T>& work, int64_t node, Vec<T, kLanes<T>>* shift, Vec<T, kLanes<T>>* log_agreement) {
   constexpr int n = kLanes<T>;
   using V = Vec<T, n>;
   const int64_t m = work.p.edges_per_node;
   const Index* const edges = static_cast<const Index*>(work.p.edges) + node * m;
+  const T per_total = work.per_total[node];
+  struct Sums {
+    V y{}, x{}, squares{};
+  };
+  const auto about = [&](const V& y, const V& x) CONELENS_INLINE_LAMBDA {
+    Sums sums;
+    for (int64_t k = 0; k < m; ++k) {
+      const T* const parent = work.parent(edges[k]);
+      const V precision = V{} + work.precision[edges[k]];
+      const V dy = load_vec<V>(parent) - y, dx = load_vec<V>(parent + n) - x;
+      sums.y = fma_vec<T, n>(precision, dy, sums.y);
+      sums.x = fma_vec<T, n>(precision, dx, sums.x);
+      sums.squares = fma_vec<T, n>(precision, fma_vec<T, n>(dx, dx, dy * dy), sums.squares);
+    }
+    return sums;
+  };
   const T* const origin = work.parent(edges[0]);
   const V y0 = load_vec<V>(origin), x0 = load_vec<V>(origin + n);
-  V y{}, x{}, spread{};
-  for (int64_t k = 1; k < m; ++k) {
-    const T* const parent = work.parent(edges[k]);
-    const V precision = V{} + work.precision[edges[k]];
-    y = fma_vec<T, n>(precision, load_vec<V>(parent) - y0, y);
-    x = fma_vec<T, n>(precision, load_vec<V>(parent + n) - x0, x);
-  }
-  y *= work.per_total[node], x *= work.per_total[node];
-  for (int64_t k = 0; k < m; ++k) {
-    const T* const parent = work.parent(edges[k]);
-    const V dy = load_vec<V>(parent) - y0 - y, dx = load_vec<V>(parent + n) - x0 - x;
-    spread = fma_vec<T, n>(V{} + work.precision[edges[k]], fma_vec<T, n>(dx, dx, dy * dy), spread);
-  }
-  shift[0] = y0 + y, shift[1] = x0 + x;
-  *log_agreement = spread * (T(-0.5) / static_cast<T>(m));
+  const Sums rough = about(y0, x0);
+  const V y = y0 + rough.y * per_total, x = x0 + rough.x * per_total;
+  const Sums fine = about(y, x);
+  const V more_y = fine.y * per_total, more_x = fine.x * per_total;
+  const V spread = fine.squares - (more_y * fine.y + more_x * fine.x);
+  shift[0] = y + more_y, shift[1] = x + more_x;
+  *log_agreement = (spread < V{} ? V{} : spread) * (T(-0.5) / static_cast<T>(m));
 }
 
 template <class T, class Index>

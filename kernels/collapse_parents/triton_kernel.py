@@ -1,4 +1,4 @@
-"""`collapse_parents` on CUDA: a program makes a tile of nodes by images, for which a parent's displacements lie side by side."""
+"""`collapse_parents` on CUDA: tiles of nodes by images; a parent's displacements lie side by side."""
 
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
@@ -27,12 +27,32 @@ def _parent(table_ptr, sigma_ptr, edge, ok, parents, images, image, seen):
     return inverse * inverse, tl.load(place, mask=there, other=NAN), tl.load(place + images, mask=there, other=NAN)
 
 
+@triton.jit
+def _about(y, x, table_ptr, sigma_ptr, edges, ok, parents, images, image, seen, M: tl.constexpr):
+    """Sums over a node's parents: precision [BV]; precision times the displacement from (y, x), and its square, [BV, BI]."""
+    total = tl.zeros_like(tl.sum(y, 1))
+    sum_y = tl.zeros_like(y)
+    sum_x = tl.zeros_like(y)
+    squares = tl.zeros_like(y)
+    for k in range(M):
+        edge = tl.load(edges + k, mask=ok, other=0)
+        precision, py, px = _parent(table_ptr, sigma_ptr, edge, ok, parents, images, image, seen)
+        dy = py - y
+        dx = px - x
+        total += precision
+        sum_y += precision[:, None] * dy
+        sum_x += precision[:, None] * dx
+        squares += precision[:, None] * (dy * dy + dx * dx)
+    return total, sum_y, sum_x, squares
+
+
 @triton.jit(do_not_specialize=["nodes", "parents", "images"])
 def collapse_parents_kernel(
     table_ptr, sigma_ptr, edges_ptr, shift_ptr, sigma_out_ptr, agreement_ptr, nodes, parents, images,
     M: tl.constexpr, BV: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
-    """table is [parents, 2, images]; all is relative to the first parent, so that parents who agree lose no digit."""
+    """table is [parents, 2, images]. Two passes: a mean, about the first parent, so that parents who agree lose no digit;
+    then, about that mean, what it lacks and the spread."""
     first = tl.program_id(0) * BV
     node = first + tl.arange(0, BV)
     ok = node < nodes
@@ -41,28 +61,19 @@ def collapse_parents_kernel(
     edges = edges_ptr + node.to(tl.int64) * M
 
     edge = tl.load(edges, mask=ok, other=0)
-    total, y0, x0 = _parent(table_ptr, sigma_ptr, edge, ok, parents, images, image, seen)
-    y = tl.zeros_like(y0)
-    x = tl.zeros_like(x0)
-    for k in range(1, M):
-        edge = tl.load(edges + k, mask=ok, other=0)
-        precision, py, px = _parent(table_ptr, sigma_ptr, edge, ok, parents, images, image, seen)
-        total += precision
-        y += precision[:, None] * (py - y0)
-        x += precision[:, None] * (px - x0)
-    y = y / total[:, None]
-    x = x / total[:, None]
-    spread = tl.zeros_like(y0)
-    for k in range(M):
-        edge = tl.load(edges + k, mask=ok, other=0)
-        precision, py, px = _parent(table_ptr, sigma_ptr, edge, ok, parents, images, image, seen)
-        dy = py - y0 - y
-        dx = px - x0 - x
-        spread += precision[:, None] * (dy * dy + dx * dx)
+    _, y, x = _parent(table_ptr, sigma_ptr, edge, ok, parents, images, image, seen)
+    total, sum_y, sum_x, _ = _about(y, x, table_ptr, sigma_ptr, edges, ok, parents, images, image, seen, M)
+    y += sum_y / total[:, None]
+    x += sum_x / total[:, None]
+    total, sum_y, sum_x, squares = _about(y, x, table_ptr, sigma_ptr, edges, ok, parents, images, image, seen, M)
+    more_y = sum_y / total[:, None]
+    more_x = sum_x / total[:, None]
+    spread = squares - (more_y * sum_y + more_x * sum_x)
+    spread = tl.where(spread < 0, 0.0, spread)  # NaN stays
 
     # turned around, so that a row of an image is written in one go
     row = image.to(tl.int64) * nodes
-    moved = tl.reshape(tl.permute(tl.join(y0 + y, x0 + x), (1, 0, 2)), (BI, 2 * BV))
+    moved = tl.reshape(tl.permute(tl.join(y + more_y, x + more_x), (1, 0, 2)), (BI, 2 * BV))
     pair = 2 * first + tl.arange(0, 2 * BV)
     tl.store(shift_ptr + 2 * row[:, None] + pair[None, :], moved, mask=seen[:, None] & (pair < 2 * nodes)[None, :])
     agreement = tl.trans(spread * (-0.5 / M))

@@ -9,7 +9,7 @@ _BLOCK = 1 << 24  # elements of the wider operand of one product
 
 
 def squared_differences(displacement: Tensor, weight: Tensor, parent: Tensor, out: Tensor | None = None) -> Tensor:
-    """displacement [I,V,2], weight [I,V] >= 0, parent [I,U,2] -> sum over I of w |d - p|^2, [V,U], never below 0."""
+    """displacement [I,V,2], weight [I,V], parent [I,U,2] -> sum over I of w |d - p|^2, [V,U]; not below 0 unless a weight is."""
     nodes, parents = displacement.shape[1], parent.shape[1]
     if out is None:
         out = torch.empty((nodes, parents), dtype=displacement.dtype, device=displacement.device)
@@ -19,11 +19,13 @@ def squared_differences(displacement: Tensor, weight: Tensor, parent: Tensor, ou
     for images in range(0, weight.shape[0], block := max(1, _BLOCK // (3 * max(nodes, parents, 1)))):
         here = slice(images, images + block)
         _add_block(out, displacement[here], weight[here], parent[here])
-    return out.clamp_min_(0)
+    if weight.numel() > 0:
+        out.clamp_(min=torch.where(weight.amin() < 0, -torch.inf, 0.0).to(out.dtype))  # nobody waits for a CUDA device
+    return out
 
 
 def _add_block(out: Tensor, displacement: Tensor, weight: Tensor, parent: Tensor) -> None:
-    """w |d - p|^2 = w |d|^2 - 2 w d p + w |p|^2 for displacements from the parents' mean of their image: small numbers cancel less."""
+    """w |d - p|^2 = w |d|^2 - 2 w d p + w |p|^2 about the parents' mean in each image: small numbers cancel less."""
     centre = parent.mean(1, keepdim=True)
     centre = torch.where(centre.isfinite(), centre, 0)  # one parent's NaN is its own column's alone
     d, p = displacement - centre, parent - centre

@@ -60,9 +60,7 @@ def supports(displacement: Tensor, *rest: Any) -> str | None:
     return None
 
 
-def run(
-    displacement: Tensor, weight: Tensor, parent: Tensor, bandwidth: Tensor | None, out: Tensor | None = None
-) -> Tensor:
+def run(displacement: Tensor, weight: Tensor, parent: Tensor, bandwidth: Tensor | None, out: Tensor | None = None) -> Tensor:
     """The operator's schema on the current stream."""
     if bandwidth is None:
         return products.squared_differences(displacement, weight, parent, out)

@@ -38,9 +38,9 @@ def collapse_parents(
     * ``log_agreement`` [I,V] = -mean(w |d - shift|^2) / 2: the logarithm of the factor, in (0, 1], that remains.
 
     float32 or float64. Spreads are taken about the shift, so that large displacements cost no digits: parents who agree exactly
-    give their displacement and 0, to the bit. NaN of a parent stays, in its children. ``out`` = (shift, sigma, log_agreement) is
-    written. An edge to a parent that is not there raises ArgumentError on the CPU and gives NaN on CUDA. Not differentiable.
-    Raises ArgumentError for a wrong shape, dtype or device.
+    give their displacement and 0, to the bit. NaN of a parent stays, in its children. What an image gives does not depend on
+    the other images. ``out`` = (shift, sigma, log_agreement) is written. An edge to a parent that is not there raises
+    ArgumentError on the CPU and gives NaN on CUDA. Not differentiable. Raises ArgumentError for a wrong shape, dtype or device.
     """
     images, parents = check_displacement(displacement, "displacement", "[I,U,2]")
     if not isinstance(sigma, Tensor):
@@ -70,6 +70,20 @@ def check_displacement(x: Any, name: str, axes: str) -> tuple[int, int]:
     return x.shape[0], x.shape[1]
 
 
+def fresh(like: Tensor, *shape: int) -> Tensor:
+    """A packed result; a large one on the CPU asks for huge pages."""
+    return arguments.empty(shape, like.new_empty((1, 1, 1, 1)))
+
+
+def refuse_gradients(operator: Operator) -> None:
+    """Let a backward pass raise, which torch would otherwise let through with a wrong gradient."""
+
+    def refuse(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError(f"{operator.name} has no gradient: detach its arguments, or differentiate its reference")
+
+    operator.register_autograd(refuse, lambda ctx, inputs, output: None)
+
+
 def _check_edges(edges: Any, displacement: Tensor) -> int:
     if not isinstance(edges, Tensor) or edges.dtype not in (torch.int32, torch.int64) or edges.dim() != 2:
         got = f"{edges.dtype} {list(edges.shape)}" if isinstance(edges, Tensor) else type(edges).__name__
@@ -90,14 +104,11 @@ def _refuse_missing_parent(edges: Tensor, parents: int) -> None:
 
 def _outputs(displacement: Tensor, edges: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     images, nodes = displacement.shape[0], edges.shape[0]
-    like = displacement[None]  # a map, whose fresh twin in the same layout asks for huge pages
-    shapes: tuple[tuple[int, ...], ...] = ((images, nodes, 2), (nodes,), (images, nodes))
-    shift, sigma, log_agreement = (arguments.empty(shape, like) for shape in shapes)
-    return shift, sigma, log_agreement
+    return fresh(displacement, images, nodes, 2), fresh(displacement, nodes), fresh(displacement, images, nodes)
 
 
 def _fake(displacement: Tensor, sigma: Tensor, edges: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _outputs(displacement.contiguous(), edges)
+    return _outputs(displacement, edges)
 
 
 def _reference(displacement: Tensor, sigma: Tensor, edges: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,3 +135,4 @@ _OPERATOR = Operator(
     Implementations("collapse_parents", compiled=_compiled, reference=_reference),
     _fake,
 )
+refuse_gradients(_OPERATOR)

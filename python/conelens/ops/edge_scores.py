@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from conelens._native import Native
@@ -13,7 +12,7 @@ from conelens.kernels.edge_scores import products, reference
 from conelens.ops import _arguments as arguments
 from conelens.ops._dispatch import Implementations
 from conelens.ops._register import Operator
-from conelens.ops.collapse_parents import check_displacement
+from conelens.ops.collapse_parents import check_displacement, fresh, refuse_gradients
 
 _REFERENCE_CELLS = 1 << 25  # of images x nodes x parents at once
 
@@ -24,11 +23,11 @@ def edge_scores(
 ) -> Tensor:
     """Sums over images I, for each of V nodes and U candidate parents, of how their displacements differ -> [V,U].
 
-    displacement [I,V,2] says how far (y, x) a node is from its mean place in an image, parent [I,U,2] the same of the candidates,
-    weight [I,V], not negative, how much the node's place in that image counts. With d and p one of each:
+    displacement [I,V,2] says how far (y, x) a node is from its mean place in an image, parent [I,U,2] the same of the
+    candidates, weight [I,V] how much the node's place in that image counts. With d and p one of each:
 
-    * without ``bandwidth``: sum of ``weight * |d - p|^2``, small where they move alike, in matrix products; never negative, and
-      good to 1e-5 (float64: 1e-12) of the sum of ``weight * (|d - c|^2 + |p - c|^2)``, c the parents' mean in the image;
+    * without ``bandwidth``: sum of ``weight * |d - p|^2``, small where they move alike, in matrix products; not negative where no
+      weight is, and good to 1e-5 (float64: 1e-12) of the sum of ``weight * (|d - c|^2 + |p - c|^2)``, c the parents' mean;
     * with ``bandwidth`` [V], the square of a length, positive: sum of ``weight * exp(-|d - p|^2 / (2 bandwidth))``, large where
       they move alike; the criterion of the release of Zhang et al. 2018, good to 1e-5 (1e-12) of the sum of the weights.
 
@@ -36,24 +35,30 @@ def edge_scores(
     of one dtype; lengths in any one unit. NaN stays, in the node's row or the parent's column; a bandwidth of 0 gives NaN where
     they agree exactly. TF32 is never used. Not differentiable. Raises ArgumentError for a wrong shape, dtype or device.
     """
-    images, nodes, parents = _check(displacement, weight, parent, bandwidth)
+    shape = _check(displacement, weight, parent, bandwidth)
     args = (displacement, weight, parent, bandwidth)
     if out is None:
         return _OPERATOR(*args)
-    _OPERATOR.into(arguments.check_outs([("out", out, (nodes, parents), displacement.dtype)], displacement, "displacement"), *args)
+    wanted = [("out", out, shape, displacement.dtype)]
+    _OPERATOR.into(arguments.check_outs(wanted, displacement, "displacement"), *args)
     return out
 
 
-def _check(displacement: Any, weight: Any, parent: Any, bandwidth: Any) -> tuple[int, int, int]:
+def _check(displacement: Any, weight: Any, parent: Any, bandwidth: Any) -> tuple[int, int]:
+    """-> shape of the result."""
     images, nodes = check_displacement(displacement, "displacement", "[I,V,2]")
     parents = check_displacement(parent, "parent", "[I,U,2]")[1]
-    for name, x, shape in (("parent", parent, (images, parents, 2)), ("weight", weight, (images, nodes)), ("bandwidth", bandwidth, (nodes,))):
-        if x is None and name == "bandwidth":
-            continue
+    wanted: dict[str, tuple[Any, tuple[int, ...]]] = {
+        "parent": (parent, (images, parents, 2)),
+        "weight": (weight, (images, nodes)),
+    }
+    if bandwidth is not None:
+        wanted["bandwidth"] = (bandwidth, (nodes,))
+    for name, (x, shape) in wanted.items():
         if not isinstance(x, Tensor):
             raise ArgumentError(f"{name} must be a tensor or a DLPack array, got {type(x).__name__}")
         arguments.check_like(x, name, displacement, "displacement", shape=shape, dtype=displacement.dtype)
-    return images, nodes, parents
+    return nodes, parents
 
 
 def _fake(displacement: Tensor, weight: Tensor, parent: Tensor, bandwidth: Tensor | None) -> Tensor:
@@ -74,7 +79,7 @@ def _compiled(
     native: Native, displacement: Tensor, weight: Tensor, parent: Tensor, bandwidth: Tensor | None, out: Tensor | None = None
 ) -> Tensor:
     if out is None or not out.is_contiguous():
-        out = arguments.empty((displacement.shape[1], parent.shape[1]), displacement[None])
+        out = fresh(displacement, displacement.shape[1], parent.shape[1])
     if bandwidth is None:
         return products.squared_differences(displacement, weight, parent, out)
     packed = (x.resolve_neg().contiguous() for x in (displacement, weight, parent, bandwidth))
@@ -88,3 +93,4 @@ _OPERATOR = Operator(
     Implementations("edge_scores", compiled=_compiled, reference=_reference),
     _fake,
 )
+refuse_gradients(_OPERATOR)
