@@ -67,6 +67,11 @@ def test_a_part_that_the_view_leaves_out_is_gone() -> None:
     assert not landmarks.several, "one of two is out of view"
 
 
+def test_a_part_just_outside_the_crop_counts_as_long_as_the_whole_crop_is_seen() -> None:
+    image = PartImage(Path("x.png"), (Mark("beak", -0.01, 0.5),))
+    torch.testing.assert_close(PartSet([image], ("beak",), PLAIN).landmarks.points[0, 0], torch.tensor([-1.1, 39.5]))
+
+
 def test_several_instances_are_no_landmark_but_the_nearest_can_be_asked_for() -> None:
     image = PartImage(Path("x.png"), (Mark("eye", 0.25, 0.25, 0.1, 0.2), Mark("eye", 0.25, 0.75, 0.1, 0.1)))
     landmarks = PartSet([PartImage(Path("y.png"), ()), image], ("eye",), PLAIN).landmarks

@@ -88,9 +88,7 @@ def resampled_instability(
     for part in ranked(detector, landmarks, selection):
         for start in range(0, len(part.images), at_once):
             rows = slice(start, start + at_once)
-            block = part._replace(
-                images=part.images[rows], distances=part.distances[rows], eligible=part.eligible[rows], usable=part.usable[rows]
-            )
+            block = part._replace(images=part.images[rows], distances=part.distances[rows], usable=part.usable[rows])
             deviation = block.deviation(block.weights(images, top))
             share = shares[:, part.rows][:, rows] * ~deviation.isnan()
             total += (share * deviation.nan_to_num(0.0)).double().sum(1)

@@ -86,16 +86,12 @@ def instability(
     images = torch.full((width, parts, top), -1, dtype=torch.int32)
     distances = torch.full((width, parts, top), torch.nan)
     deviation = torch.full((width, parts), torch.nan)
-    once = torch.ones(1, count, dtype=torch.float64)
-    for part in ranked(detector, landmarks, selection):
-        weight = part.weights(once, top)[0]
-        chosen = weight.sort(dim=1, descending=True, stable=True)  # the selected ones first, still by rank
-        kept = chosen.values[:, :top] > 0
-        order = chosen.indices[:, :top]
+    for part in ranked(detector, landmarks, selection, ranks=top):
+        kept, order = part.usable.sort(dim=1, descending=True, stable=True)  # those that count first, still by rank
         place = (part.rows, part.part, slice(order.shape[1]))
         images[place] = part.images.gather(1, order).int().masked_fill(~kept, -1)
         distances[place] = part.distances.gather(1, order).float().masked_fill(~kept, torch.nan)
-        deviation[part.rows, part.part] = part.deviation(weight[None])[0].float()
+        deviation[part.rows, part.part] = part.deviation(part.usable[None].double())[0].float()
     return Instability(detector.name, deviation, best_nodes(detector, top, nodes), images, distances)
 
 
@@ -130,19 +126,18 @@ class Ranked(NamedTuple):
     """The images that can be selected for one part, for some nodes, each node's by falling score.
 
     part: its number. rows: which nodes. images: [f, n] int64. distances: [f, n] float64, meaningless where not usable.
-    eligible: [f, n], images that take up a rank; usable: [f, n], those of them that count, since the part is visible.
+    usable: [f, n], which count once they are selected: the node is seen (where it is not comes last), the part is visible.
     """
 
     part: int
     rows: slice
     images: Tensor
     distances: Tensor
-    eligible: Tensor
     usable: Tensor
 
     def weights(self, multiplicity: Tensor, top: int) -> Tensor:
         """How often each ranked image counts [R, f, n], if image i is there multiplicity[r, i] times and ``top`` are taken."""
-        weight = multiplicity[:, self.images] * self.eligible
+        weight = multiplicity[:, self.images]
         before = weight.cumsum(2).sub_(weight)
         return torch.minimum(weight, before.neg_().add_(top).clamp_(min=0)).mul_(self.usable)
 
@@ -160,20 +155,19 @@ class Ranked(NamedTuple):
         return variance.sqrt_().masked_fill_(total < 2, torch.nan)
 
 
-def ranked(detector: Detector, landmarks: Landmarks, selection: str) -> Iterator[Ranked]:
-    """The images of each part in the order in which they are selected, a block of nodes at a time."""
-    points = landmarks.points
-    visible = ~points.isnan().any(2)
+def ranked(detector: Detector, landmarks: Landmarks, selection: str, ranks: int | None = None) -> Iterator[Ranked]:
+    """The images of each part in the order in which they are selected (the first ``ranks``), a block of nodes at a time."""
+    visible = ~landmarks.points.isnan().any(2)
     width = detector.scores.shape[1]
     at_once = max(1, BLOCK // max(1, len(landmarks)))
     for start in range(0, width, at_once):
         rows = slice(start, min(start + at_once, width))
+        nodes = torch.arange(rows.start, rows.stop).unsqueeze(1)
         for part in range(len(landmarks.names)):
             seen = visible[:, part]
             pool = seen.nonzero()[:, 0] if selection == "visible" else torch.arange(len(seen))
             ordered = detector.scores[pool, rows].T.sort(dim=1, descending=True, stable=True)
-            images = pool[ordered.indices]
-            offset = detector.positions[pool, rows].double() - points[pool, None, part].nan_to_num(0.0)
-            distances = (offset.square().sum(2).sqrt() / landmarks.diagonal).T.gather(1, ordered.indices)
-            scored = ordered.values > 0
-            yield Ranked(part, rows, images, distances, scored, scored & seen[images])
+            images = pool[ordered.indices[:, :ranks]]
+            offset = detector.positions[images, nodes].double() - landmarks.points[images, part].nan_to_num(0.0)
+            distances = offset.square().sum(2).sqrt() / landmarks.diagonal
+            yield Ranked(part, rows, images, distances, (ordered.values[:, :ranks] > 0) & seen[images])
