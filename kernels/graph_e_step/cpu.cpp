@@ -30,25 +30,25 @@ class Worker {
 
  public:
   explicit Worker(const Params& p) : p_(p) {
-    constexpr int node_unit = kHalfLanes<T> < 4 ? 4 : kHalfLanes<T>, column_unit = lanes < 4 ? 4 : lanes;
-    const int64_t nodes = round_up(p.nodes, node_unit), width = round_up(p.width, column_unit);
-    const int64_t lit = p.height * (width / lanes);
-    const int64_t room = nodes * (10 + 2 * p.height + 3 * width) + 2 * p.height * width;
-    area_ = static_cast<char*>(calloc(1, room * sizeof(T) + lit * sizeof(uint32_t) + 64));
+    constexpr int unit = lanes < 4 ? 4 : lanes;
+    const int64_t nodes = round_up(p.nodes, unit), width = round_up(p.width, unit);
+    const int64_t room = nodes * (11 + 2 * p.height + 3 * width) + 2 * p.height * width;
+    c_.nodes = p.nodes, c_.padded_nodes = nodes, c_.width = p.width, c_.padded_width = width;
+    area_ = static_cast<char*>(calloc(1, room * sizeof(T) + p.height * c_.words() * sizeof(uint64_t) + 64));
     if (!area_) return;
     T* at = reinterpret_cast<T*>(area_ + (64 - reinterpret_cast<uintptr_t>(area_) % 64));
     const auto take = [&](int64_t n) { return at += n, at - n; };
-    c_.nodes = p.nodes, c_.padded_nodes = nodes, c_.width = p.width, c_.padded_width = width;
     c_.columns = take(width * nodes), c_.across = take(nodes * width), c_.below = take(width * nodes);
     c_.rows = take(p.height * nodes), c_.weighted = take(p.height * nodes);
     c_.activity = take(p.height * width), c_.evidence = take(p.height * width);
     c_.narrow = take(nodes), c_.weight = take(nodes), c_.mass = take(nodes), c_.second = take(nodes);
-    c_.score = take(nodes), c_.position = reinterpret_cast<I*>(take(nodes));
+    c_.score = take(nodes),
+    c_.position = reinterpret_cast<int64_t*>(take(nodes * (sizeof(int64_t) / sizeof(T))));
     for (int axis = 0; axis < 2; ++axis) {
       c_.mean[axis] = take(nodes), c_.first[axis] = take(nodes);
       c_.start[axis] = static_cast<T>(p.start[axis]), c_.step[axis] = static_cast<T>(p.step[axis]);
     }
-    c_.lit = reinterpret_cast<uint32_t*>(at);
+    c_.lit = reinterpret_cast<uint64_t*>(at);
   }
   ~Worker() { free(area_); }
   Worker(const Worker&) = delete;
@@ -65,29 +65,24 @@ class Worker {
       return store_dark(k);
     }
     if (p_.shift || channel != channel_) make_tables(image, channel);
-    over_nodes([&](auto n, int64_t i) {
-      using N = Vec<T, decltype(n)::value>;
-      const N weights = load_vec<N>(c_.weight + i);
-      for (int64_t y = c_.top; y < c_.bottom; ++y)
-        store_vec(c_.weighted + y * c_.padded_nodes + i,
-                  weights * load_vec<N>(c_.rows + y * c_.padded_nodes + i));
-    });
+    weigh_rows();
     c_.tau = static_cast<const T*>(p_.tau)[image];
     *likelihood = find_evidence(c_);
-    if (p_.position)
-      find_moments<T, true>(c_);
-    else
-      find_moments<T, false>(c_);
+    over_nodes([&](auto n, int64_t i) {
+      using N = Vec<T, decltype(n)::value>;
+      find_moments<N>(c_, i);
+      if (p_.position) find_peaks<N>(c_, i);
+    });
     store(k);
   }
 
  private:
-  // body(Lanes<n>{}, first) over the padded nodes
+  // body(Lanes<n>{}, first) over the nodes, the last ones in half a vector where that is enough
   template <class Body>
   CONELENS_INLINE void over_nodes(const Body& body) const {
     int64_t i = 0;
-    for (; i + lanes <= c_.padded_nodes; i += lanes) body(Lanes<lanes>{}, i);
-    for (; i < c_.padded_nodes; i += kHalfLanes<T>) body(Lanes<kHalfLanes<T>>{}, i);
+    for (; c_.nodes - i > kHalfLanes<T>; i += lanes) body(Lanes<lanes>{}, i);
+    if (i < c_.nodes) body(Lanes<kHalfLanes<T>>{}, i);
   }
 
   // `cells` <= lanes cells, zeros behind them; `readable`: a whole vector may be read
@@ -116,11 +111,10 @@ class Worker {
     const E* plane =
         static_cast<const E*>(p_.features) + image * p_.features_stride[0] + channel * p_.features_stride[1];
     const int64_t end = (p_.height - 1) * p_.features_stride[2] + p_.width;  // of what may be read
-    const int64_t vectors = c_.padded_width / lanes;
     c_.top = p_.height, c_.bottom = 0, c_.left = p_.width, c_.right = 0;
     Vec<I, lanes> nan = {};
-    for (int64_t v = 0; v * lanes < p_.width; ++v) {
-      const int64_t x = v * lanes, cells = p_.width - x < lanes ? p_.width - x : lanes;
+    for (int64_t x = 0; x < p_.width; x += lanes) {
+      const int64_t cells = p_.width - x < lanes ? p_.width - x : lanes;
       uint32_t any = 0;
       for (int64_t y = 0; y < p_.height; ++y) {
         const int64_t at = y * p_.features_stride[2] + x;
@@ -129,7 +123,8 @@ class Worker {
         const uint32_t bits = lane_bits(activity != T{0});
         nan |= activity != activity;
         store_vec(c_.activity + y * c_.padded_width + x, activity);
-        c_.lit[y * vectors + v] = bits;
+        uint64_t& lit = c_.lit[y * c_.words() + x / 64];
+        lit = (x % 64 ? lit : 0) | uint64_t{bits} << x % 64;
         any |= bits;
         if (bits) c_.top = y < c_.top ? y : c_.top, c_.bottom = y >= c_.bottom ? y + 1 : c_.bottom;
       }
@@ -149,16 +144,16 @@ class Worker {
     const T* sigma = static_cast<const T*>(p_.sigma) + channel * p_.nodes;
     const T* shift = static_cast<const T*>(p_.shift);
     if (shift) shift += (image * p_.channels + channel) * p_.nodes * 2;
-    for (int64_t i = 0; i < p_.nodes; ++i) {
-      for (int axis = 0; axis < 2; ++axis)
-        c_.mean[axis][i] = shift ? mean[2 * i + axis] + shift[2 * i + axis] : mean[2 * i + axis];
-      c_.narrow[i] = static_cast<T>(0.84932180028801904) / sigma[i];  // sqrt(log2(e) / 2)
-    }
+    for (int64_t i = 0; i < p_.nodes; ++i) c_.mean[0][i] = mean[2 * i], c_.mean[1][i] = mean[2 * i + 1];
+    if (shift)
+      for (int64_t i = 0; i < p_.nodes; ++i) c_.mean[0][i] += shift[2 * i], c_.mean[1][i] += shift[2 * i + 1];
+    constexpr T root_of_half_log2_e = static_cast<T>(0.84932180028801904);
+    for (int64_t i = 0; i < p_.nodes; ++i) c_.narrow[i] = root_of_half_log2_e / sigma[i];
     make_axis(0, c_.rows, shift ? c_.top : 0, shift ? c_.bottom : p_.height);
     const int64_t left = shift ? c_.left / lanes * lanes : 0, right = shift ? c_.right : p_.width;
     make_axis(1, c_.columns, left, right);
     for (int64_t x = left / 4 * 4; x < right; x += 4)
-      for (int64_t i = 0; i < c_.padded_nodes; i += 4) transpose(x, i);
+      for (int64_t i = 0; i < c_.nodes; i += 4) transpose(x, i);
   }
 
   void make_axis(int axis, T* table, int64_t begin, int64_t end) {
@@ -169,6 +164,15 @@ class Worker {
         const N root = (c_.coordinate(axis, cell) - mean) * narrow;
         store_vec(table + cell * c_.padded_nodes + i, exp2_vec<T, kLanesOf<N>>(-root * root));
       }
+    });
+  }
+
+  void weigh_rows() {
+    over_nodes([&](auto n, int64_t i) {
+      using N = Vec<T, decltype(n)::value>;
+      const N weight = load_vec<N>(c_.weight + i);
+      for (int64_t at = c_.top * c_.padded_nodes + i; at < c_.bottom * c_.padded_nodes; at += c_.padded_nodes)
+        store_vec(c_.weighted + at, weight * load_vec<N>(c_.rows + at));
     });
   }
 
@@ -203,15 +207,17 @@ class Worker {
     for (int64_t i = 0; i < p_.nodes; ++i) {
       const bool known = mass[i] == mass[i];  // a NaN counts as the largest
       score[i] = known ? c_.score[i] : mass[i];
-      p_.position[k + i] =
-          known ? (score[i] == 0 ? -1 : static_cast<int32_t>(c_.position[i])) : static_cast<int32_t>(nan);
+      p_.position[k + i] = static_cast<int32_t>(known ? c_.position[i] : nan);
     }
   }
 
   // of a channel without activity
   void store_dark(int64_t k) {
-    for (int64_t i = 0; i < p_.nodes; ++i)
-      c_.mass[i] = c_.weight[i] * 0, c_.second[i] = c_.first[0][i] = c_.first[1][i] = c_.score[i] = 0;
+    for (int64_t i = 0; i < p_.nodes; ++i) {
+      c_.mass[i] = c_.weight[i] * 0;  // NaN stays
+      c_.first[0][i] = c_.first[1][i] = c_.second[i] = c_.score[i] = 0;
+      c_.position[i] = -1;
+    }
     store(k);
   }
 

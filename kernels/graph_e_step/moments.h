@@ -6,8 +6,8 @@
 namespace conelens {
 namespace {  // internal linkage: each ISA's objects keep their own copy
 
-// One channel of one image, and the tables of its nodes. Nodes are padded to whole (half) vectors, columns to
-// whole vectors. Only the box of lit cells is filled in.
+// One channel of one image, and the tables of its nodes. Nodes and columns are padded to whole vectors. Only the
+// box of lit cells is filled in.
 template <class T>
 struct Channel {
   int64_t nodes, padded_nodes, width, padded_width;
@@ -19,12 +19,19 @@ struct Channel {
   T* across;               // [padded_nodes, padded_width]: columns, transposed
   T* weighted;             // rows times weight
   T *activity, *evidence;  // [height, padded_width]: F, and F over the sum of all densities
-  uint32_t* lit;           // [height, vectors of a row]: bit i for column i of a vector
+  uint64_t* lit;           // [height, words()]: a bit for each column
   T* below;                // [padded_width, padded_nodes]: evidence summed down the columns, weighted
   T *mass, *first[2], *second, *score;  // [padded_nodes]
-  IntLike<T>* position;                 // [padded_nodes]
+  int64_t* position;                    // [padded_nodes]
 
   T coordinate(int axis, int64_t cell) const { return start[axis] + step[axis] * static_cast<T>(cell); }
+  int64_t words() const { return (width + 63) / 64; }
+  // bit i: has column 64 * word + i a lit cell in these rows?
+  uint64_t lit_columns(int64_t y, int64_t count, int64_t word) const {
+    uint64_t any = 0;
+    for (int64_t i = 0; i < count; ++i) any |= lit[(y + i) * words() + word];
+    return any;
+  }
 };
 
 // --- evidence: sums of densities as a product of rows and columns, a vector of columns at a time ---
@@ -36,7 +43,7 @@ template <class T, int count>
 Vec<T, kLanes<T>> evidence_of_rows(const Channel<T>& c, int64_t y, int64_t x) {
   using V = Vec<T, kLanes<T>>;
   V total[count];
-  for (int i = 0; i < count; ++i) total[i] = V{} + c.tau;
+  for (int i = 0; i < count; ++i) total[i] = all_lanes<V>(c.tau);
   const T* weighted = c.weighted + y * c.padded_nodes;
   const T* across = c.across + x;
   for (int64_t k = 0; k < c.nodes; ++k, across += c.padded_width) {
@@ -44,12 +51,25 @@ Vec<T, kLanes<T>> evidence_of_rows(const Channel<T>& c, int64_t y, int64_t x) {
     for (int i = 0; i < count; ++i)
       total[i] = multiply_add<V>(weighted[i * c.padded_nodes + k], column, total[i]);
   }
-  V likelihood = V{};
+  // dark cells count as 1, whose log is 0
+  V activity[count], likelihood = {};
+  auto odd = V{} != V{};
   for (int i = 0; i < count; ++i) {
-    const int64_t at = (y + i) * c.padded_width + x;
-    const V activity = load_vec<V>(c.activity + at);
-    store_vec(c.evidence + at, total[i] >= FloatFormat<T>::tiny ? activity / total[i] : V{});
-    likelihood += activity != T{0} ? activity * log(total[i]) : V{};
+    activity[i] = load_vec<V>(c.activity + (y + i) * c.padded_width + x);
+    total[i] = activity[i] != T{0} ? total[i] : V{} + T{1};
+    odd |= ~is_ordinary(total[i]);
+  }
+  if (!lane_bits(odd)) {
+    for (int i = 0; i < count; ++i) {
+      store_vec(c.evidence + (y + i) * c.padded_width + x, activity[i] / total[i]);
+      likelihood = multiply_add<V>(activity[i], log_of_ordinary(total[i]), likelihood);
+    }
+    return likelihood;
+  }
+  for (int i = 0; i < count; ++i) {  // sums that underflow, overflow or are no numbers
+    const V owned = total[i] >= FloatFormat<T>::tiny ? activity[i] / total[i] : V{};
+    store_vec(c.evidence + (y + i) * c.padded_width + x, owned);
+    likelihood += activity[i] != T{0} ? activity[i] * log(total[i]) : V{};
   }
   return likelihood;
 }
@@ -64,150 +84,141 @@ Vec<T, kLanes<T>> evidence_of_some_rows(const Channel<T>& c, int64_t rows, int64
 template <class T>
 T find_evidence(const Channel<T>& c) {
   constexpr int lanes = kLanes<T>;
-  const int64_t vectors = c.padded_width / lanes;
   Vec<T, lanes> likelihood = {};
   for (int64_t y = c.top; y < c.bottom; y += kRows) {
     const int64_t rows = c.bottom - y < kRows ? c.bottom - y : kRows;
-    for (int64_t v = c.left / lanes; v * lanes < c.right; ++v) {
-      uint32_t any = 0;
-      for (int64_t i = 0; i < rows; ++i) any |= c.lit[(y + i) * vectors + v];
-      if (any) likelihood += evidence_of_some_rows(c, rows, y, v * lanes);
-    }
+    for (int64_t x = c.left / lanes * lanes; x < c.right; x += lanes)
+      if (c.lit_columns(y, rows, x / 64) >> x % 64 & ((1u << lanes) - 1))
+        likelihood += evidence_of_some_rows(c, rows, y, x);
   }
   T sum = 0;
   for (int i = 0; i < lanes; ++i) sum += likelihood[i];
   return sum;
 }
 
-// --- moments: nodes side by side, lit cells one after the other ---
+// --- moments: a vector of nodes side by side, the columns of some rows one after the other ---
 
-// `full` vectors and perhaps half a one, of T
-template <class T, int full, bool half>
-struct Pack {
-  using V = Vec<T, kLanes<T>>;
-  using Half = Vec<T, kHalfLanes<T>>;
-  V v[full + 1];  // the last one is not used
-  Half h;
+// body(x) for the columns in which these rows have a lit cell
+template <class T, class Body>
+CONELENS_INLINE void over_lit_columns(const Channel<T>& c, int64_t y, int64_t rows, const Body& body) {
+  for (int64_t word = c.left / 64; word * 64 < c.right; ++word)
+    for (uint64_t bits = c.lit_columns(y, rows, word); bits; bits &= bits - 1)
+      body(word * 64 + __builtin_ctzll(bits));
+}
 
-  CONELENS_INLINE static Pack load(const T* from) {
-    Pack pack;
-    for (int i = 0; i < full; ++i) pack.v[i] = load_vec<V>(from + i * kLanes<T>);
-    if constexpr (half) pack.h = load_vec<Half>(from + full * kLanes<T>);
-    return pack;
-  }
-  CONELENS_INLINE void store(T* to) const {
-    for (int i = 0; i < full; ++i) store_vec(to + i * kLanes<T>, v[i]);
-    if constexpr (half) store_vec(to + full * kLanes<T>, h);
-  }
-  CONELENS_INLINE static Pack zero() {
-    return map([](auto x) CONELENS_INLINE_LAMBDA { return decltype(x){}; }, Pack{});
-  }
-  template <class Op, class... Packs>
-  CONELENS_INLINE static Pack map(const Op& op, const Packs&... packs) {
-    Pack result;
-    for (int i = 0; i < full; ++i) result.v[i] = op(packs.v[i]...);
-    if constexpr (half) result.h = op(packs.h...);
-    return result;
-  }
+// Sums over cells of a vector of nodes.
+template <class V>
+struct Moments {
+  V mass = {}, first = {}, second = {};
 };
 
-template <class T, int full, bool half, bool argmax>
-void moments_of_nodes(const Channel<T>& c, int64_t k) {
-  using P = Pack<T, full, half>;
-  using Places = Pack<IntLike<T>, full, half>;
-  constexpr int lanes = kLanes<T>;
-  const auto times = [](auto a, auto b) CONELENS_INLINE_LAMBDA { return a * b; };
-  const auto plus = [](auto a, auto b) CONELENS_INLINE_LAMBDA { return a + b; };
-  const auto fused = [](auto a, auto b, auto sum) CONELENS_INLINE_LAMBDA { return multiply_add(a, b, sum); };
-  const auto larger = [](auto a, auto b) CONELENS_INLINE_LAMBDA { return a > b ? a : b; };
-  const auto place_of_larger = [](auto a, auto b, auto at_a, auto at_b)
-                                   CONELENS_INLINE_LAMBDA { return a > b ? at_a : at_b; };
-  const int64_t vectors = c.padded_width / lanes;
-
-  for (int64_t x = c.left; x < c.right; ++x) P::zero().store(c.below + x * c.padded_nodes + k);
-  P mass = P::zero(), first = mass, second = mass, best = mass;
-  Places place = Places::zero();
-  for (int64_t y = c.top; y < c.bottom; ++y) {
-    const P row = P::load(c.weighted + y * c.padded_nodes + k);
-    P along = P::zero(), row_best = along;  // evidence along the row; the largest F times Gaussian of x
-    Places row_place = Places::zero();
-    bool dark = true;
-    for (int64_t v = c.left / lanes; v * lanes < c.right; ++v)
-      for (uint32_t bits = c.lit[y * vectors + v]; bits; bits &= bits - 1) {
-        const int64_t x = v * lanes + __builtin_ctz(bits), cell = y * c.padded_width + x;
-        const T evidence = c.evidence[cell];
-        const P column = P::load(c.columns + x * c.padded_nodes + k);
-        const auto weigh = [&](auto a, auto sum)
-                               CONELENS_INLINE_LAMBDA { return multiply_add(evidence, a, sum); };
-        along = P::map(weigh, column, along);
-        T* below = c.below + x * c.padded_nodes + k;
-        P::map(weigh, row, P::load(below)).store(below);
-        if constexpr (argmax) {
-          const T activity = c.activity[cell];
-          const IntLike<T> here = static_cast<IntLike<T>>(y * c.width + x);
-          const P seen = P::map([&](auto a) CONELENS_INLINE_LAMBDA { return activity * a; }, column);
-          row_place = Places::map([&](auto a, auto b, auto at)
-                                      CONELENS_INLINE_LAMBDA { return a > b ? decltype(at){} + here : at; },
-                                  seen, row_best, row_place);
-          row_best = P::map(larger, seen, row_best);
-        }
-        dark = false;
-      }
-    if (dark) continue;
-    const T at = c.coordinate(0, y);
-    const P off = P::map([&](auto m) CONELENS_INLINE_LAMBDA { return at - m; }, P::load(c.mean[0] + k));
-    const P owned = P::map(times, along, row), moment = P::map(times, owned, off);
-    mass = P::map(plus, mass, owned);
-    first = P::map(plus, first, moment);
-    second = P::map(fused, moment, off, second);
-    if constexpr (argmax) {
-      const P seen = P::map(times, row_best, row);
-      place = Places::map(place_of_larger, seen, best, row_place, place);
-      best = P::map(larger, seen, best);
+// The rows' part of mass and of the moments along y; what they add to the columns goes below.
+template <class V, int count, class T>
+void moments_of_rows(const Channel<T>& c, int64_t y, int64_t k, Moments<V>& sum) {
+  V row[count], along[count] = {};
+  for (int i = 0; i < count; ++i) row[i] = load_vec<V>(c.weighted + (y + i) * c.padded_nodes + k);
+  over_lit_columns(c, y, count, [&](int64_t x) CONELENS_INLINE_LAMBDA {
+    const T* evidence = c.evidence + y * c.padded_width + x;
+    T* to = c.below + x * c.padded_nodes + k;
+    const V column = load_vec<V>(c.columns + x * c.padded_nodes + k);
+    V below = load_vec<V>(to);
+    for (int i = 0; i < count; ++i) {
+      const V here = all_lanes<V>(evidence[i * c.padded_width]);
+      along[i] = multiply_add<V>(here, column, along[i]);
+      below = multiply_add<V>(here, row[i], below);
     }
+    store_vec(to, below);
+  });
+  const V mean = load_vec<V>(c.mean[0] + k);
+  for (int i = 0; i < count; ++i) {
+    const V off = c.coordinate(0, y + i) - mean, owned = along[i] * row[i], moment = owned * off;
+    sum.mass += owned, sum.first += moment;
+    sum.second = multiply_add<V>(moment, off, sum.second);
   }
-  mass.store(c.mass + k);
-  first.store(c.first[0] + k);
-  if constexpr (argmax) best.store(c.score + k), place.store(c.position + k);
+}
 
-  first = P::zero();
+template <class V, class T, int count = kRows>
+void moments_of_some_rows(const Channel<T>& c, int64_t rows, int64_t y, int64_t k, Moments<V>& sum) {
+  if constexpr (count > 1)
+    if (rows < count) return moments_of_some_rows<V, T, count - 1>(c, rows, y, k, sum);
+  moments_of_rows<V, count>(c, y, k, sum);
+}
+
+template <class V, class T>
+void find_moments(const Channel<T>& c, int64_t k) {
+  for (int64_t x = c.left; x < c.right; ++x) store_vec(c.below + x * c.padded_nodes + k, V{});
+  Moments<V> sum;
+  for (int64_t y = c.top; y < c.bottom; y += kRows)
+    moments_of_some_rows(c, c.bottom - y < kRows ? c.bottom - y : kRows, y, k, sum);
+  store_vec(c.mass + k, sum.mass);
+  store_vec(c.first[0] + k, sum.first);
+
+  sum.first = V{};
+  const V mean = load_vec<V>(c.mean[1] + k);
   for (int64_t x = c.left; x < c.right; ++x) {
-    const T at = c.coordinate(1, x);
-    const P off = P::map([&](auto m) CONELENS_INLINE_LAMBDA { return at - m; }, P::load(c.mean[1] + k));
-    const P below = P::load(c.below + x * c.padded_nodes + k);
-    const P moment = P::map(times, P::map(times, below, P::load(c.columns + x * c.padded_nodes + k)), off);
-    first = P::map(plus, first, moment);
-    second = P::map(fused, moment, off, second);
+    const int64_t at = x * c.padded_nodes + k;
+    const V off = c.coordinate(1, x) - mean;
+    const V moment = load_vec<V>(c.below + at) * load_vec<V>(c.columns + at) * off;
+    sum.first += moment;
+    sum.second = multiply_add<V>(moment, off, sum.second);
   }
-  first.store(c.first[1] + k);
-  second.store(c.second + k);
+  store_vec(c.first[1] + k, sum.first);
+  store_vec(c.second + k, sum.second);
 }
 
-constexpr int kVectors = 3;  // of nodes at once
+// --- arg-max: the largest of each row, of the rows the first best, and in it the first cell that has it ---
 
-template <class T, bool half, bool argmax, int full = kVectors>
-void moments_of_some_nodes(const Channel<T>& c, int64_t vectors, int64_t k) {
-  if constexpr (full > 0)
-    if (vectors < full) return moments_of_some_nodes<T, half, argmax, full - 1>(c, vectors, k);
-  moments_of_nodes<T, full, half, argmax>(c, k);
-}
+template <class V>
+struct Peak {
+  V score = {}, along = {};      // along: the largest activity times Gaussian of x
+  decltype(V{} < V{}) row = {};  // the row that has it
+};
 
-template <class T, bool argmax>
-void find_moments(const Channel<T>& c) {
-  constexpr int lanes = kLanes<T>;
-  int64_t k = 0;
-  for (;; k += kVectors * lanes) {
-    const int64_t rest = c.padded_nodes - k, vectors = rest / lanes;
-    if (vectors >= kVectors && rest > kVectors * lanes + (lanes - kHalfLanes<T>)) {
-      moments_of_nodes<T, kVectors, false, argmax>(c, k);
-      continue;
+template <class V, int count, class T>
+void peaks_of_rows(const Channel<T>& c, int64_t y, int64_t k, Peak<V>& peak) {
+  V largest[count] = {};
+  over_lit_columns(c, y, count, [&](int64_t x) CONELENS_INLINE_LAMBDA {
+    const V column = load_vec<V>(c.columns + x * c.padded_nodes + k);
+    for (int i = 0; i < count; ++i) {
+      const V seen = all_lanes<V>(c.activity[(y + i) * c.padded_width + x]) * column;
+      largest[i] = seen > largest[i] ? seen : largest[i];
     }
-    if (rest % lanes)
-      moments_of_some_nodes<T, true, argmax>(c, vectors, k);
-    else
-      moments_of_some_nodes<T, false, argmax>(c, vectors, k);
-    return;
+  });
+  for (int i = 0; i < count; ++i) {
+    const V seen = largest[i] * load_vec<V>(c.weighted + (y + i) * c.padded_nodes + k);
+    const auto better = seen > peak.score;
+    peak.score = better ? seen : peak.score;
+    peak.along = better ? largest[i] : peak.along;
+    peak.row = better ? decltype(peak.row){} + static_cast<IntLike<T>>(y + i) : peak.row;
   }
+}
+
+template <class V, class T, int count = kRows>
+void peaks_of_some_rows(const Channel<T>& c, int64_t rows, int64_t y, int64_t k, Peak<V>& peak) {
+  if constexpr (count > 1)
+    if (rows < count) return peaks_of_some_rows<V, T, count - 1>(c, rows, y, k, peak);
+  peaks_of_rows<V, count>(c, y, k, peak);
+}
+
+template <class T>
+int64_t find_cell(const Channel<T>& c, int64_t k, int64_t y, T along) {
+  using V = Vec<T, kLanes<T>>;
+  const T* activity = c.activity + y * c.padded_width;
+  for (int64_t x = c.left / kLanes<T> * kLanes<T>; x < c.right; x += kLanes<T>) {
+    const V seen = load_vec<V>(activity + x) * load_vec<V>(c.across + k * c.padded_width + x);
+    if (const uint32_t bits = lane_bits(seen == along)) return y * c.width + x + __builtin_ctz(bits);
+  }
+  return -1;
+}
+
+template <class V, class T>
+void find_peaks(const Channel<T>& c, int64_t k) {
+  Peak<V> peak;
+  for (int64_t y = c.top; y < c.bottom; y += kRows)
+    peaks_of_some_rows(c, c.bottom - y < kRows ? c.bottom - y : kRows, y, k, peak);
+  store_vec(c.score + k, peak.score);
+  for (int i = 0; i < kLanesOf<V> && k + i < c.nodes; ++i)
+    c.position[k + i] = peak.score[i] > 0 ? find_cell(c, k + i, peak.row[i], peak.along[i]) : -1;
 }
 
 }  // namespace

@@ -18,13 +18,19 @@ using LaneOf = std::decay_t<decltype(std::declval<V&>()[0])>;
 template <class V>
 constexpr int kLanesOf = static_cast<int>(sizeof(V) / sizeof(LaneOf<V>));
 
+// x in every lane: unlike x + 0, x - 0 is x for compilers that heed the sign of zero
+template <class V>
+CONELENS_INLINE V all_lanes(LaneOf<V> x) {
+  return x - V{};
+}
+
 template <class V>
 CONELENS_INLINE V multiply_add(V a, V b, V c) {
   return fma_vec<LaneOf<V>, kLanesOf<V>>(a, b, c);
 }
 template <class V>
 CONELENS_INLINE V multiply_add(LaneOf<V> a, V b, V c) {
-  return multiply_add<V>(V{} + a, b, c);
+  return multiply_add<V>(all_lanes<V>(a), b, c);
 }
 
 // Bit i: is lane i of a comparison's result true?
@@ -72,13 +78,18 @@ CONELENS_INLINE V polynomial(V x, const T (&coefficients)[n]) {  // highest powe
   return sum;
 }
 
-// log x for normal x > 0 and infinity; -infinity from 0 to the smallest normal number; NaN for the rest.
+// Is x a finite number, and not below the smallest normal one?
 template <class V>
-CONELENS_INLINE V log(V x) {
+CONELENS_INLINE auto is_ordinary(V x) {
+  using T = LaneOf<V>;
+  return (x >= FloatFormat<T>::tiny) & (x < static_cast<T>(__builtin_inf()));
+}
+
+template <class V>
+CONELENS_INLINE V log_of_ordinary(V x) {
   using T = LaneOf<V>;
   using I = decltype(x < x);
   using Format = FloatFormat<T>;
-  const T infinity = static_cast<T>(__builtin_inf()), nan = static_cast<T>(__builtin_nan(""));
   const I exponent = ((I)x - Format::root_half) >> Format::mantissa;
   const V r = (V)((I)x - (exponent << Format::mantissa)) - T{1};  // sqrt(1/2) - 1 to sqrt(2) - 1
   V fraction;
@@ -93,9 +104,17 @@ CONELENS_INLINE V log(V x) {
     const V s = r / (r + 2.0);
     fraction = s * polynomial(s * s, c);
   }
-  const V result = multiply_add(Format::ln2, __builtin_convertvector(exponent, V), fraction);
-  const V special = x < Format::tiny ? (x >= T{0} ? V{} - infinity : V{} + nan) : x;
-  return (x >= Format::tiny) & (x < infinity) ? result : special;
+  return multiply_add(Format::ln2, __builtin_convertvector(exponent, V), fraction);
+}
+
+// What is not ordinary: -infinity from 0 up to the smallest normal number, infinity of itself, NaN for the
+// rest.
+template <class V>
+CONELENS_INLINE V log(V x) {
+  using T = LaneOf<V>;
+  const V infinity = V{} + static_cast<T>(__builtin_inf()), nan = V{} + static_cast<T>(__builtin_nan(""));
+  const V special = x >= FloatFormat<T>::tiny ? infinity : x >= T{0} ? -infinity : nan;
+  return is_ordinary(x) ? log_of_ordinary(x) : special;
 }
 
 // For its lifetime denormal numbers count as zero in this thread: far tails of densities would cost a hundred
