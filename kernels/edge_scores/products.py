@@ -9,7 +9,7 @@ _BLOCK = 1 << 24  # elements of the wider operand of one product
 
 
 def squared_differences(displacement: Tensor, weight: Tensor, parent: Tensor, out: Tensor | None = None) -> Tensor:
-    """displacement [I,V,2], weight [I,V], parent [I,U,2] -> sum over I of w |d - p|^2, [V,U]; not below 0 unless a weight is."""
+    """displacement [I,V,2], weight [I,V], parent [I,U,2] -> sum over I of w |d - p|^2, [V,U]: below 0 only if a weight is."""
     nodes, parents = displacement.shape[1], parent.shape[1]
     if out is None:
         out = torch.empty((nodes, parents), dtype=displacement.dtype, device=displacement.device)

@@ -26,8 +26,8 @@ def edge_scores(
     displacement [I,V,2] says how far (y, x) a node is from its mean place in an image, parent [I,U,2] the same of the
     candidates, weight [I,V] how much the node's place in that image counts. With d and p one of each:
 
-    * without ``bandwidth``: sum of ``weight * |d - p|^2``, small where they move alike, in matrix products; not negative where no
-      weight is, and good to 1e-5 (float64: 1e-12) of the sum of ``weight * (|d - c|^2 + |p - c|^2)``, c the parents' mean;
+    * without ``bandwidth``: sum of ``weight * |d - p|^2``, small where they move alike, in matrix products; not negative unless
+      a weight is, and good to 1e-5 (float64: 1e-12) of the sum of ``weight * (|d - c|^2 + |p - c|^2)``, c the parents' mean;
     * with ``bandwidth`` [V], the square of a length, positive: sum of ``weight * exp(-|d - p|^2 / (2 bandwidth))``, large where
       they move alike; the criterion of the release of Zhang et al. 2018, good to 1e-5 (1e-12) of the sum of the weights.
 
