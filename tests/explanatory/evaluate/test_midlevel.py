@@ -83,10 +83,12 @@ def test_patterns_by_the_letter(make: object) -> None:
         assert found.scores[i, c] == pytest.approx(score, rel=1e-5)
 
 
-def test_a_sample_of_units_is_enough() -> None:
-    features, _ = planted(40)
-    found = kmeans_patterns(features, GRID, 4, sample=200)
-    assert found.positions.shape == (40, 4, 2) and (found.scores > 0).all()
+def test_no_more_units_than_the_sample_are_clustered() -> None:
+    features, _ = planted()
+    found = kmeans_patterns(features, GRID, 8, sample=8)
+    # as many clusters as units: each centroid is a unit, which an image then holds (cosine 1)
+    lengths = features.float().flatten(2).norm(dim=1).gather(1, GRID.cells(found.positions))
+    torch.testing.assert_close((found.scores / lengths).amax(0), torch.ones(8))
 
 
 @pytest.mark.parametrize("make", KINDS)

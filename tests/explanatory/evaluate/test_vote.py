@@ -98,6 +98,17 @@ def test_the_better_template_decides() -> None:
     torch.testing.assert_close(found, truth, atol=0.05, rtol=0.0)
 
 
+def test_templates_compete_by_the_evidence_of_their_own_image() -> None:
+    # template a was annotated where its pattern is weak: in image 2 it answers with three times that, b with twice its own
+    positions = torch.tensor([[30.0, 40.0], [60.0, 90.0]]).expand(5, 2, 2).clone()
+    scores = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 4.0], [1.0, 3.0], [8.0, 1.0]])
+    part = annotation([0, 1], [(35.0, 40.0), (60.0, 80.0)])
+    found = Vote(Detector("two", positions, scores), SIZE, patterns=1).locate(part)
+    a, b = (35.0, 40.0), (60.0, 80.0)
+    expected = torch.tensor([a, b, a, b, a])
+    torch.testing.assert_close(found, expected)
+
+
 def test_scales_of_patterns_do_not_count() -> None:
     detector = random_detector()
     scale = torch.logspace(-3, 3, 14)
