@@ -37,9 +37,11 @@ void register_graph_e_step(py::module_& m,
           if (x.float_dtype(name) != real) TensorArg::fail(name, "has another dtype than the results");
         };
         const auto packed = [&](const char* name, const TensorArg& x, const std::vector<int64_t>& shape) {
-          int64_t stride = 1;
-          for (int axis = x.ndim() - 1; axis >= 0; stride *= shape[axis--])
-            if (shape[axis] > 1 && x.stride(axis) != stride) TensorArg::fail(name, "must be contiguous");
+          int64_t cells = 1;  // of the axes behind
+          bool side_by_side = true;
+          for (int axis = x.ndim() - 1; axis >= 0; cells *= shape[axis], --axis)
+            side_by_side &= shape[axis] == 1 || x.stride(axis) == cells;
+          if (cells > 0 && !side_by_side) TensorArg::fail(name, "must be contiguous");
           return x.data();
         };
         const auto input = [&](const char* name, const TensorArg& x, const std::vector<int64_t>& shape) {

@@ -34,6 +34,7 @@ def graph_e_step(
     squares = dy.square()[..., :, None] + dx.square()[..., None, :]
     density = weight.to(real)[..., None, None] * torch.exp(-squares / (2 * sigma.to(real).square()[..., None, None]))
     total = density.sum(-3) + tau.to(real)[:, None, None, None]  # [I, D, H, W]
+    total = total.masked_fill(total < torch.finfo(real).tiny, 0)  # so small that its digits are gone
     lit = activity != 0
     evidence = torch.where(lit & (total > 0), activity / total, torch.zeros_like(activity))
     owned = density * evidence[:, :, None]  # [I, D, K, H, W]: posterior times activity

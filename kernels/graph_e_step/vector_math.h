@@ -107,13 +107,10 @@ CONELENS_INLINE V log_of_ordinary(V x) {
   return multiply_add(Format::ln2, __builtin_convertvector(exponent, V), fraction);
 }
 
-// What is not ordinary: -infinity from 0 up to the smallest normal number, infinity of itself, NaN for the
-// rest.
+// -infinity below the smallest normal number; infinity and NaN stay.
 template <class V>
 CONELENS_INLINE V log(V x) {
-  using T = LaneOf<V>;
-  const V infinity = V{} + static_cast<T>(__builtin_inf()), nan = V{} + static_cast<T>(__builtin_nan(""));
-  const V special = x >= FloatFormat<T>::tiny ? infinity : x >= T{0} ? -infinity : nan;
+  const V special = x < FloatFormat<LaneOf<V>>::tiny ? V{} - static_cast<LaneOf<V>>(__builtin_inf()) : x;
   return is_ordinary(x) ? log_of_ordinary(x) : special;
 }
 
