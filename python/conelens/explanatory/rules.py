@@ -72,27 +72,34 @@ def nodes_for(size: tuple[int, int]) -> int:
     return min(math.ceil(1.4 * math.sqrt(size[0] * size[1])), size[0] * size[1])
 
 
-_VGG16 = ("conv4_2", "conv4_3", "conv5_2", "conv5_3")
+# layers, bottom first, and their channels
+_KNOWN = {
+    ("conv4_2", "conv4_3", "conv5_2", "conv5_3"): (512, 512, 512, 512),  # VGG-16
+    ("conv3", "conv4", "conv5"): (384, 256, 256),  # AlexNet
+    ("fire5", "fire7", "fire8"): (256, 384, 512),  # SqueezeNet 1.1; nodes of fire9, a layer higher, tell less well where parts are
+}
+_RESNET = [(128, 28, 28), (256, 14, 14), (512, 7, 7)]
 
 
 def preset_layers(net: Network) -> list[str]:
-    """The layers the papers take, bottom first: of VGG-16 four, of a ResNet the last convolutions at 28, 14 and 7 cells.
+    """The layers the papers take, bottom first: of VGG-16 four, of a ResNet the last convolutions at 28, 14 and 7 cells; and
+    their like in AlexNet and in SqueezeNet 1.1.
 
     ArgumentError for other networks: name the layers then.
     """
     names = {alias for layer in net.layers() for alias in (layer.name, *layer.aliases)}
-    if set(_VGG16) <= names and net["conv5_3"].shape[0] == 512 and "conv5_4" not in names:
-        return list(_VGG16)
+    for layers, channels in _KNOWN.items():
+        if set(layers) <= names and "conv5_4" not in names and tuple(net[name].shape[0] for name in layers) == channels:
+            return list(layers)
     last: dict[tuple[int, int, int], str] = {}
     for layer in net.layers():
         if "conv" in layer.kind.lower():
             last[layer.shape] = layer.name
-    wanted = [(128, 28, 28), (256, 14, 14), (512, 7, 7)]
-    if all(shape in last for shape in wanted):
-        return [last[shape] for shape in wanted]
+    if all(shape in last for shape in _RESNET):
+        return [last[shape] for shape in _RESNET]
     raise ArgumentError(
-        "layers: this network is no VGG-16 or ResNet at 224 pixels, for which layers are known; give layers=[...], bottom "
-        "first (net.layers() lists them)"
+        "layers: this network is no VGG-16, AlexNet, SqueezeNet 1.1 or ResNet at 224 pixels, for which layers are known; give "
+        "layers=[...], bottom first (net.layers() lists them)"
     )
 
 
