@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import gpu_graph, gpu_projections
 from benchmarks import gpu_measure as measure
-from benchmarks import gpu_projections
 from benchmarks.gpu_measure import BF16, CL, NCHW, Machine, Row, Run, compare, compiled, random
 from conelens import ops
 from conelens.errors import DeadUnitWarning
@@ -222,7 +222,18 @@ def chains(machine: Machine) -> Iterator[Row]:
         yield chain_row(machine, name, channels, side, dtype)
 
 
-SECTIONS = (pixels, chains, gpu_projections.topdown, gpu_projections.from_pixels, pools, peaks, windows, relus)
+SECTIONS = (
+    pixels,
+    chains,
+    gpu_projections.topdown,
+    gpu_projections.from_pixels,
+    pools,
+    peaks,
+    windows,
+    relus,
+    gpu_graph.collapses,
+    gpu_graph.edges,
+)
 
 
 def main() -> int:

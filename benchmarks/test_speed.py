@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import occlusion, operations, projections
+from benchmarks import graph_operations, occlusion, operations, projections
 from benchmarks.cases import Case, Floor, Run, Verdicts, check, disagreement, relative
 
-CASES = [*operations.cases(), *projections.cases(), *occlusion.cases()]
+CASES = [*operations.cases(), *graph_operations.cases(), *projections.cases(), *occlusion.cases()]
 SAMPLE_SECONDS = 0.5  # per contender
 ROUNDS = 300  # at most
 
