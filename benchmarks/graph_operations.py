@@ -100,7 +100,7 @@ def collapse_case(images: int, parents: int) -> Case:
         read=lambda _, result: tuple(result),
         floor=floor,
         tolerance=1e-5,
-        note="embedding_bag and the sparse matrix take a difference of squares: no digit is left where displacements nearly agree",
+        note="embedding_bag and the sparse matrix take a difference of squares, which fails where displacements nearly agree",
     )
 
 
