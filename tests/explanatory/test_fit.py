@@ -192,14 +192,16 @@ def test_candidates_move_and_stay_off_the_border() -> None:
     positions = offsets + torch.tensor([-1.0, 1.0])[:, None, None] * wiggle[:, None]
     scores = torch.tensor([[1.0, 2, 3, 9, 9, 9, 9, 9]]).expand(2, 8)
     summary = Summary.of(positions, scores)
+    pruning = Rules(still=0.5)
     # the half that moves most is outside: by score alone
-    assert choose_candidates(layer, summary, Rules(), 1).tolist() == [3]
+    assert choose_candidates(layer, summary, pruning, 1).tolist() == [3]
+    assert choose_candidates(layer, summary, Rules(), 1).tolist() == [7, 2, 1, 0]
     wiggle[3:7] = 0.1
     summary = Summary.of(offsets + torch.tensor([-1.0, 1.0])[:, None, None] * wiggle[:, None], scores)
-    assert choose_candidates(layer, summary, Rules(), 2).tolist() == [2, 1, 0]
-    assert choose_candidates(layer, summary, Rules(pool=2), 2).tolist() == [2, 1]
+    assert choose_candidates(layer, summary, pruning, 2).tolist() == [2, 1, 0]
+    assert choose_candidates(layer, summary, Rules(still=0.5, pool=2), 2).tolist() == [2, 1]
     assert choose_candidates(layer, summary, Rules(pool=None), 2).tolist() == list(range(8))
-    assert choose_candidates(layer, summary, Rules(pool=1), 5).tolist() == [2, 3, 4, 5, 6]  # too few: by score alone
+    assert choose_candidates(layer, summary, Rules(still=0.5, pool=1), 5).tolist() == [2, 3, 4, 5, 6]  # too few: by score alone
 
 
 @pytest.fixture(scope="module")

@@ -103,12 +103,15 @@ def test_a_node_is_where_activity_times_density_is_largest() -> None:
     nodes = torch.arange(6)
     parents = Parents.of(upper, nodes, positions.flatten(1, 2))
     expected = lower.expect(Rules(), 4, parents)
-    placement = lower.place(features, parents, Rules())
+    placement, centres = lower.place(features, parents, Rules())
     assert expected.shift is not None
     for image in range(4):
         for d in range(2):
             for k in range(3):
-                centre, best = lower.mean[d, k] + expected.shift[image, d, k], (0.0, centre_of(lower, expected, image, d, k), 0.0)
+                centre, best = (
+                    lower.mean[d, k] + expected.shift[image, d, k],
+                    (0.0, centre_of(lower, expected, image, d, k), 0.0),
+                )
                 for y in range(6):
                     for x in range(5):
                         place = torch.tensor([1.5 + 4 * y, 3.5 + 8 * x], dtype=torch.float64)
@@ -120,6 +123,10 @@ def test_a_node_is_where_activity_times_density_is_largest() -> None:
                 torch.testing.assert_close(placement.positions[image, d, k].double(), best[1], rtol=1e-6, atol=1e-5)
                 assert float(placement.activations[image, d, k]) == best[2]
     assert placement.scores[1, 0].tolist() == [0, 0, 0]
+    found = lower.find(features, expected, Rules(), argmax=False)
+    owned = found.first / found.mass[..., None].clamp(min=1e-8)
+    torch.testing.assert_close(centres, lower.mean + expected.shift + owned)
+    assert torch.equal(lower.place(features, parents, Rules(parents="unit"))[1], placement.positions)
 
 
 def centre_of(layer: GraphLayer, expected, image: int, d: int, k: int) -> torch.Tensor:

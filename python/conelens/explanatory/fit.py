@@ -11,13 +11,11 @@ from torch import Tensor
 from conelens import ops
 from conelens.errors import DataError
 from conelens.explanatory.features import Grid
-from conelens.explanatory.layer import TOP_SIGMA, Expected, Found, GraphLayer, Parents, Placement
+from conelens.explanatory.layer import LEAST_MASS, TOP_SIGMA, Expected, Found, GraphLayer, Parents, Placement
 from conelens.explanatory.rules import Rules
 from conelens.explanatory.statistics import Statistics, Summary, nothing
 
 _BLOCK_BYTES = 256 << 20
-_LEAST_MASS = 1e-8
-_KEPT = 0.5  # of the candidates: those that move most
 _BORDER = 0.1  # of the map: candidates whose mean position lies there are left out
 
 
@@ -108,7 +106,7 @@ class LayerFit:
             assert found.positions is not None and found.scores is not None
             part.seen = [(first_image, found.positions.flatten(1, 2), found.scores.flatten(1))]
             return part
-        own = residual / mass.clamp(min=_LEAST_MASS)[..., None]
+        own = residual / mass.clamp(min=LEAST_MASS)[..., None]
         if expected.shift is not None:
             own = own + expected.shift.flatten(1, 2)
         weighted = mass[..., None] * own
@@ -128,16 +126,16 @@ class LayerFit:
     def move(self, total: Statistics, iteration: int) -> Tensor:
         """Means and spreads alone, at fixed parents: never lowers the likelihood. -> how far each mean went [V, 2]."""
         layer = self.layer
-        layer.history.append(total.likelihood / max(total.activity, _LEAST_MASS))
+        layer.history.append(total.likelihood / max(total.activity, LEAST_MASS))
         mass = total.mass
-        alive = mass >= _LEAST_MASS  # the others keep their place
-        offset = torch.where(alive[:, None], total.residual / mass.clamp(min=_LEAST_MASS)[:, None], 0)
+        alive = mass >= LEAST_MASS  # the others keep their place
+        offset = torch.where(alive[:, None], total.residual / mass.clamp(min=LEAST_MASS)[:, None], 0)
         share = torch.ones_like(mass)
         if self.rules.damped:
             sigma = layer.prior_sigma.flatten().double()
             share = (sigma.min() / sigma).square() / math.sqrt(iteration)
         step = share[:, None] * offset
-        variance = total.second / mass.clamp(min=_LEAST_MASS) - 2 * (step * offset).sum(-1) + step.square().sum(-1)
+        variance = total.second / mass.clamp(min=LEAST_MASS) - 2 * (step * offset).sum(-1) + step.square().sum(-1)
         sigma = (variance / 2).clamp(min=0).sqrt().clamp(*layer.least_sigma())
         layer.sigma = torch.where(alive, sigma, layer.sigma.flatten().double()).to(layer.sigma).view(layer.shape)
         layer.mean = layer.mean + step.to(layer.mean).view(layer.mean.shape)
@@ -160,9 +158,9 @@ class LayerFit:
         squares = total.squares - 2 * (step[:, None] * relative).sum(-1) + mass * step.square().sum(-1)[:, None]
         spread = total.spread - 2 * (step * total.moved).sum(-1) + total.mass * step.square().sum(-1)
         variance = self.parents.sigma.double().square()
-        score = -variance.log() - squares / (2 * variance * mass.clamp(min=_LEAST_MASS))
-        explained = 1 - squares / spread.clamp(min=_LEAST_MASS)[:, None]
-        self._take(score, explained, total.mass >= _LEAST_MASS)
+        score = -variance.log() - squares / (2 * variance * mass.clamp(min=LEAST_MASS))
+        explained = 1 - squares / spread.clamp(min=LEAST_MASS)[:, None]
+        self._take(score, explained, total.mass >= LEAST_MASS)
 
     def _choose_by_kernel(self, total: Statistics) -> None:
         """The release's criterion (its §2.6): kernel consistency of relative displacements, from empirical mean positions."""
@@ -192,18 +190,18 @@ class LayerFit:
         precision = self.parents.sigma.square().reciprocal()[self.parents.local[edges]]
         layer.prior_sigma = precision.mean(-1).rsqrt().view(layer.shape)
 
-    def places(self) -> Iterator[tuple[int, Placement]]:
-        """(first image, where the nodes are) block by block, with the layer as it is now."""
-        for start, features, parents in self._blocks():
-            yield start, self.layer.place(features, parents, self.rules)
+    def places(self) -> Iterator[tuple[Placement, Tensor]]:
+        """Where the nodes are, and are as parents, block by block, with the layer as it is now."""
+        for _, features, parents in self._blocks():
+            yield self.layer.place(features, parents, self.rules)
 
 
 def choose_candidates(layer: GraphLayer, summary: Summary, rules: Rules, edges: int) -> Tensor:
     """Which nodes [U] of a finished layer may become parents.
 
-    With a pool: nodes that were never found are left out, then the half that moves least (they carry no information), then
-    those with a mean position within a tenth of the map from its border; of the rest the best by score. Fewer than ``edges``
-    left: as many as it takes by score alone, found ones first.
+    With a pool: nodes that were never found are left out, those that move least (see :class:`Rules`), and those with a mean
+    position within a tenth of the map from its border; of the rest the best by score. Fewer than ``edges`` left: as many as it
+    takes by score alone, found ones first.
     """
     nodes = layer.sigma.numel()
     if rules.pool is None:
@@ -213,7 +211,7 @@ def choose_candidates(layer: GraphLayer, summary: Summary, rules: Rules, edges: 
     found = summary.score > 0
     moving = torch.zeros(nodes, dtype=torch.bool, device=order.device)
     by_variance = torch.sort(torch.where(found, summary.variance, -1), descending=True, stable=True).indices
-    moving[by_variance[: max(1, int(int(found.sum()) * _KEPT))]] = True
+    moving[by_variance[: max(1, int(int(found.sum()) * (1 - rules.still)))]] = True
     inner = (summary.mean.abs() <= half.to(summary.mean) * (1 - 2 * _BORDER)).all(-1)
     kept = order[(found & moving & inner)[order]][: rules.pool]
     if len(kept) < min(edges, nodes):
@@ -228,10 +226,10 @@ def _frame(grid: Grid) -> tuple[Tensor, Tensor]:
     return torch.tensor(grid.start) + step * (size - 1) / 2, step * size / 2
 
 
-def summarise(layer: GraphLayer, placement: Placement) -> Summary:
-    """A block's contribution to where the nodes are found."""
+def summarise(layer: GraphLayer, positions: Tensor, scores: Tensor) -> Summary:
+    """A block's contribution to where the nodes are found: positions [I, D, K, 2] as parents, scores [I, D, K]."""
     middle, _ = _frame(layer.grid)
-    return Summary.of((placement.positions - middle.to(placement.positions)).flatten(1, 2), placement.scores.flatten(1))
+    return Summary.of((positions - middle.to(positions)).flatten(1, 2), scores.flatten(1))
 
 
 def mean_positions(layer: GraphLayer, summary: Summary) -> Tensor:

@@ -169,11 +169,12 @@ class ExplanatoryGraph:
         kept: dict[str, list[Placement]] = {name: [] for name in wanted}
         start = 0
         for start, stop in self._blocks(len(images)):
-            above: tuple[GraphLayer, Placement] | None = None
+            above: tuple[GraphLayer, Tensor] | None = None
             for layer in order[: 1 + max(order.index(self.layers[name]) for name in wanted)]:
                 parents = None if above is None or layer.edges is None else _parents(layer, *above)
-                placement = layer.place(images[layer.name][start:stop].to(layer.mean.device), parents, self.rules)
-                above = (layer, placement)
+                features = images[layer.name][start:stop].to(layer.mean.device)
+                placement, centres = layer.place(features, parents, self.rules)
+                above = (layer, centres)
                 if layer.name in kept:
                     kept[layer.name].append(placement)
             if progress is not None:
@@ -280,10 +281,10 @@ def _check_fits(features: Features, layer: GraphLayer) -> None:
         )
 
 
-def _parents(layer: GraphLayer, above: GraphLayer, placement: Placement) -> Parents:
+def _parents(layer: GraphLayer, above: GraphLayer, positions: Tensor) -> Parents:
     assert layer.edges is not None
-    index = layer.edges.unique()
-    return Parents.of(above, index, placement.positions.flatten(1, 2)[:, index])
+    nodes = layer.edges.unique()
+    return Parents.of(above, nodes, positions.flatten(1, 2)[:, nodes])
 
 
 def _ordered(layers: dict[str, GraphLayer], settings: dict[str, Any]) -> dict[str, GraphLayer]:
@@ -344,8 +345,8 @@ def _finish(fit: LayerFit, edges: int, last: bool) -> Parents | None:
     """Where the nodes of a learned layer are in its images, and which of them may become parents of the layer below."""
     layer = fit.layer
     summary = None
-    for _, placement in fit.places():
-        part = summarise(layer, placement)
+    for placement, centres in fit.places():
+        part = summarise(layer, centres, placement.scores)
         summary = part if summary is None else summary + part
     assert summary is not None
     silent = int((summary.score.view(layer.shape).sum(1) == 0).sum())
@@ -360,6 +361,6 @@ def _finish(fit: LayerFit, edges: int, last: bool) -> Parents | None:
         layer.anchor = mean_positions(layer, summary)
     if last:
         return None
-    index = choose_candidates(layer, summary, fit.rules, edges)
-    positions = torch.cat([placement.positions.flatten(1, 2)[:, index] for _, placement in fit.places()])
-    return Parents.of(layer, index, positions)
+    nodes = choose_candidates(layer, summary, fit.rules, edges)
+    positions = torch.cat([centres.flatten(1, 2)[:, nodes] for _, centres in fit.places()])
+    return Parents.of(layer, nodes, positions)

@@ -14,6 +14,7 @@ from conelens.explanatory.features import Grid
 from conelens.explanatory.lattice import lattice_step
 from conelens.explanatory.rules import Rules
 
+LEAST_MASS = 1e-8  # activity below which a node owns nothing
 TOP_SIGMA = 0.15  # of the map's side: spread of a node without parents
 _LEAST_SPREAD = 0.1  # of the distance between the nodes of a filter
 
@@ -130,13 +131,21 @@ class GraphLayer:
             positions = torch.where(nowhere, prior, self.grid.pixels(found.position.clamp(min=0)))
         return Found(found.mass, found.first, found.second, found.log_likelihood, positions, found.score)
 
-    def place(self, features: Tensor, parents: Parents | None, rules: Rules) -> Placement:
-        """Where the nodes are in features [I, D, H, W]: S_V = max over units of F(x) P(x | V, R), as in the papers."""
-        found = self.find(features, self.expect(rules, len(features), parents), rules, argmax=True)
+    def place(self, features: Tensor, parents: Parents | None, rules: Rules) -> tuple[Placement, Tensor]:
+        """Where the nodes are in features [I, D, H, W]: S_V = max over units of F(x) P(x | V, R), as in the papers.
+
+        Beside it where they are as parents [I, D, K, 2]: there, or in the middle of the activity that they own.
+        """
+        expected = self.expect(rules, len(features), parents)
+        found = self.find(features, expected, rules, argmax=True)
         assert found.positions is not None and found.scores is not None
         cells = self.grid.cells(found.positions).flatten(2)  # [I, D, K]
         activity = features.flatten(2).gather(2, cells).to(self.mean.dtype).clamp_(min=0)
-        return Placement(found.positions, found.scores, activity.masked_fill_(found.scores == 0, 0))
+        placement = Placement(found.positions, found.scores, activity.masked_fill_(found.scores == 0, 0))
+        if rules.parents == "unit":
+            return placement, found.positions
+        prior = self.mean if expected.shift is None else self.mean + expected.shift
+        return placement, prior + found.first / found.mass.clamp(min=LEAST_MASS)[..., None]
 
 
 class Parents(NamedTuple):

@@ -15,11 +15,15 @@ from conelens.network import Network
 class Rules:
     """How a graph is learned (Zhang et al., AAAI 2018 and TPAMI 2021; their MATLAB release).
 
+    parents: where a parent is in an image: "posterior", the middle of the activity it owns, which clutter moves less;
+        or "unit", the one unit it is inferred at, as the papers have it.
     anchor: what a parent's displacement is measured from: "learned" prior position, or "empirical" mean of its inferred ones.
     edges: "likelihood" takes the parents under which a node's own displacement is most likely; "kernel" those with the largest
         sum of exp(-squared relative displacement / 2b), as the release.
     edges_first: parents are chosen before the means move, from the last iteration's inference, instead of after.
-    pool: candidate parents kept by score, after the half that moves least and those at the border are left out; None: all.
+    pool: candidate parents kept by score, without those at the border; None: all nodes.
+    still: share of candidates left out because they move least. The release leaves out half; the likelihood does not need it,
+        as a parent that tells nothing loses to one that does, and what moves most is often clutter.
     domain: "grid", every unit of the map; "lattice", 6 x 6 points in a window round the node, over smoothed activity.
     weight: of a node in a channel's mixture, per image: "agreement", a normalised Gaussian times how well its parents agree;
         "geometric", the geometric mean of its parents' Gaussians; "release", agreement times sigma over the product of sigmas.
@@ -30,10 +34,12 @@ class Rules:
     patch: side of the patches to show, in pixels.
     """
 
+    parents: str = "posterior"
     anchor: str = "learned"
     edges: str = "likelihood"
     edges_first: bool = False
     pool: int | None = 600
+    still: float = 0.0
     domain: str = "grid"
     weight: str = "agreement"
     top_sigma: str = "fixed"
@@ -45,9 +51,10 @@ class Rules:
 
 FORMS = {
     "recommended": Rules(),
-    "paper": Rules(pool=None, weight="geometric", top_sigma="estimated", noise_scale="absolute"),
+    "paper": Rules(parents="unit", pool=None, weight="geometric", top_sigma="estimated", noise_scale="absolute"),
     "release": Rules(
-        anchor="empirical", edges="kernel", edges_first=True, domain="lattice", weight="release", damped=True, patch=60
+        parents="unit", anchor="empirical", edges="kernel", edges_first=True, still=0.5, domain="lattice", weight="release",
+        damped=True, patch=60,
     ),
 }  # fmt: skip
 
@@ -76,7 +83,7 @@ def nodes_for(size: tuple[int, int]) -> int:
 _KNOWN = {
     ("conv4_2", "conv4_3", "conv5_2", "conv5_3"): (512, 512, 512, 512),  # VGG-16
     ("conv3", "conv4", "conv5"): (384, 256, 256),  # AlexNet
-    ("fire5", "fire7", "fire8"): (256, 384, 512),  # SqueezeNet 1.1; nodes of fire9, a layer higher, tell less well where parts are
+    ("fire5", "fire7", "fire8"): (256, 384, 512),  # SqueezeNet 1.1; with fire9 on top, parts are found less well
 }
 _RESNET = [(128, 28, 28), (256, 14, 14), (512, 7, 7)]
 
