@@ -319,11 +319,18 @@ def test_mistakes_are_named() -> None:
         ("thinned", 1.5),
         ("held_out", 1.0),
         ("rate", -1.0),
+        ("seed", 0.5),
     ],
 )
 def test_recipes_are_checked(name: str, value: float) -> None:
     with pytest.raises(ArgumentError, match=f"{name}: got {value}"):
         Recipe(**{name: value})  # type: ignore[arg-type]
+
+
+def test_a_training_that_diverges_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_loss", lambda painted, *_: painted.sum() * torch.nan)
+    with pytest.raises(ArgumentError, match=r"rate: the loss is nan after 0 updates; got 0\.01"):
+        Decoder.train("top", *toy(12), TOY)
 
 
 def test_the_map_is_doubled_while_it_fits() -> None:

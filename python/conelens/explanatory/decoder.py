@@ -1,7 +1,7 @@
 """A small up-convolutional network that paints the picture a layer's activity came from.
 
 After Dosovitskiy and Brox, "Inverting visual representations with convolutional networks" (CVPR 2016), made small: about a
-thousand photographs and a few minutes on two cores give blurred pictures in which objects are recognised.
+thousand photographs and a few minutes on two cores give blurred pictures, of where things are and in which colours.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Recipe:
     """How a decoder is trained; two with equal recipes, data and threads are equal to the bit.
 
     Attributes:
-        steps: updates of the weights; ``batch_size`` images each, all images once before any comes again.
+        steps: updates of the weights; ``batch_size`` images each, in a new order whenever all have been seen.
         seed: of the first weights, the order, the held-out images and the dropped units.
         size: longest side of the picture in pixels, at most: the map is doubled while it fits.
         width: channels before the last doubling; each layer before has twice as many, at most ``widest``.
@@ -59,7 +59,9 @@ class Recipe:
         for name in ("steps", "batch_size", "size", "width", "widest"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ArgumentError(f"{name}: got {getattr(self, name)!r}, wanted a whole number of at least 1")
-        for name, low, high in (("thinned", 0, 1), ("held_out", 0, 0.9), ("contrast", 0, math.inf), ("rate", 0, 1)):
+        if type(self.seed) is not int:
+            raise ArgumentError(f"seed: got {self.seed!r}, wanted a whole number")
+        for name, low, high in (("thinned", 0, 1), ("held_out", 0, 0.9), ("contrast", 0, 1000), ("rate", 0, 1)):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not low <= value <= high:
                 raise ArgumentError(f"{name}: got {value!r}, wanted a number in {low}..{high}")
@@ -93,7 +95,7 @@ class TrainingInterrupted(KeyboardInterrupt):
         self.decoder = decoder
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Decoder:
     """Paints low-pass pictures from a layer's normalised activity. Made by :meth:`train`, kept by :meth:`save`.
 
@@ -174,7 +176,12 @@ class Decoder:
             while state.step < recipe.steps:
                 chosen = training[_batch(len(training), state.step, recipe)]
                 maps, wanted = features[chosen].float(), targets[chosen].float() / 255
-                state, loss = _update(state, maps, wanted, recipe)
+                later, loss = _update(state, maps, wanted, recipe)
+                if not math.isfinite(loss):
+                    raise ArgumentError(
+                        f"rate: the loss is {loss} after {state.step} updates; got {recipe.rate}, take a third of it"
+                    )
+                state = later
                 if file is not None and (state.step % save_every == 0 or state.step == recipe.steps):
                     _save_state(file, state, about)
                 if progress is not None:

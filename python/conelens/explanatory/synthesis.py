@@ -27,7 +27,7 @@ from conelens.figures import grid as grid_of_tiles
 KINDS = ("whole", "kept", "random", "strongest")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Synthesis:
     """Pictures [N, 3, h, w] float32 in 0..1 that a decoder painted of the same images.
 
