@@ -83,8 +83,8 @@ class Features:
         skipped: Sequence[int] = (),
     ) -> None:
         self.maps = dict(maps)
-        self.grids = dict(grids)
-        self.scale = dict(scale)
+        self.grids = {name: grids[name] for name in maps}
+        self.scale = {name: scale[name] for name in maps}
         self.image_size = image_size
         self.skipped = list(skipped)
         self.layers = list(maps)
@@ -100,6 +100,12 @@ class Features:
 
     def __repr__(self) -> str:
         return f"Features({', '.join(self.layers)}; {len(self)} images)"
+
+    def only(self, layers: Sequence[str]) -> Features:
+        """Some of the layers, sharing memory."""
+        chosen = Features({name: self[name] for name in layers}, self.grids, self.scale, self.image_size, self.skipped)
+        chosen._home = self._home
+        return chosen
 
     def part(self, start: int, stop: int) -> Features:
         """Images [start, stop) alone, sharing memory: what one worker of several takes."""
