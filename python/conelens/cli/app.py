@@ -1,4 +1,4 @@
-"""The commands: layers, project, top, occlude, demo."""
+"""The commands: layers, project, top, occlude, graph (its own are in graph.py), demo."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from rich.table import Table
 import conelens
 from conelens.cli import console
 from conelens.cli.console import OUT, guarded, say
+from conelens.cli.graph import commands as graph_commands
+from conelens.cli.options import BatchSize, Device, Fit, InputSize, Mean, Model, ModelOption, Policy, Scale, Std, Weights
 from conelens.errors import ArgumentError
 
 app = typer.Typer(
@@ -21,16 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Model = Annotated[str, typer.Argument(help="squeezenet1_1, vgg16, alexnet, or package.module:factory.")]
-Weights = Annotated[Path | None, typer.Option(help="safetensors file or state dict; pickles with code are refused.")]
-InputSize = Annotated[str | None, typer.Option(help="Network input, N or HxW. Default 224.")]
-Mean = Annotated[str | None, typer.Option(help="Subtracted per channel after --scale: one number or R,G,B.")]
-Std = Annotated[str | None, typer.Option(help="Divided by, per channel: one number or R,G,B.")]
-Scale = Annotated[float | None, typer.Option(help="Pixels 0..255 are multiplied by this first, e.g. 0.00392157.")]
-Fit = Annotated[str | None, typer.Option(help="crop (default), letterbox or stretch.")]
-Policy = Annotated[str | None, typer.Option(help="Rules for operators without one: clamp, or relu6=clamp,gate=hold.")]
-Device = Annotated[str, typer.Option(help="cpu or cuda[:index].")]
+app.add_typer(graph_commands)
 
 
 def _version(wanted: bool) -> None:
@@ -113,7 +106,7 @@ def top(
     out: Annotated[Path, typer.Option(help="Folder for report, pictures and table.")] = Path("conelens_top"),
     distinct: Annotated[str, typer.Option(help="image: one winner per image; none: any place.")] = "image",
     tiles: Annotated[str | None, typer.Option(help="Cut images into squares at these scales, e.g. 1.0,0.5.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Images per forward pass.")] = 16,
+    batch_size: BatchSize = 16,
     resume: Annotated[Path | None, typer.Option(help="Go on from the table that an interrupted run left.")] = None,
     weights: Weights = None,
     input_size: InputSize = None,
@@ -138,7 +131,7 @@ def top(
 @guarded
 def occlude(
     images: Annotated[list[Path] | None, typer.Argument(help="Image files.")] = None,
-    model: Annotated[str, typer.Option(help="squeezenet1_1, vgg16, alexnet, or package.module:factory.")] = "squeezenet1_1",
+    model: ModelOption = "squeezenet1_1",
     layer: Annotated[str | None, typer.Option(help="Whose strongest map is followed. Default: the last convolution.")] = None,
     window: Annotated[str, typer.Option(help="Size of the window in pixels, N or HxW.")] = "32",
     stride: Annotated[str, typer.Option(help="Pixels from window to window, N or HxW.")] = "8",

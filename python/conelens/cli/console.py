@@ -11,12 +11,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from conelens.errors import ArgumentError, ConelensError, LayerError
 
@@ -62,6 +62,7 @@ _SPELLINGS = (
     (r"policy=\{'(\w+)': '(\w+)'", r"here: --policy \1=\2"),
     (r"^policy: got", r"here: --policy clamp, or --policy relu6=clamp,gate=hold"),
     (r"net\.layers\(\) lists", r"here: conelens layers MODEL"),
+    (r"give layers=\[", r"here: --layers A,B,C"),
 )
 
 
@@ -86,13 +87,33 @@ def _warnings_as_lines() -> Iterator[None]:
         yield
 
 
+class Report(Protocol):
+    """Moves a bar of :func:`stages`."""
+
+    def __call__(self, stage: str, done: int, total: int | None, note: str = "") -> None: ...
+
+
+@contextmanager
+def stages() -> Iterator[Report]:
+    """A bar for each stage that is reported, with a note behind its name; lines printed meanwhile appear above them."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=ERR, disable=not ERR.is_terminal) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def report(stage: str, done: int, total: int | None, note: str = "") -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(escape(stage), total=total)
+            bars.update(tasks[stage], description=escape(stage + note), completed=done, total=total)
+
+        yield report
+
+
 @contextmanager
 def progress(title: str) -> Iterator[Callable[[int, int], None]]:
     """A bar fed with (done, all); lines printed meanwhile appear above it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=ERR, disable=not ERR.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    with stages() as report:
+        report(title, 0, None)
+        yield lambda done, total: report(title, done, total)
 
 
 # ----------------------------------------------------------------------------------------------------- output
@@ -106,6 +127,18 @@ def writing(target: Path, option: str = "--out") -> Iterator[None]:
         raise ConelensError(
             f"cannot write {error.filename or target}: {error.strerror or error}; {room}choose another place with {option}"
         ) from error
+
+
+def write_whole(path: Path, content: bytes, option: str = "--out") -> None:
+    """Write a file; the old one stays until the new one is complete."""
+    part = path.with_name(path.name + ".part")
+    with writing(path, option):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            part.write_bytes(content)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def writable(folder: Path, option: str = "--out") -> None:
@@ -134,6 +167,14 @@ def numbers(text: str, name: str) -> tuple[float, ...]:
     if len(values) != 3:
         raise ArgumentError(f"{name} is {text!r}, wanted one number or three with commas (R,G,B)")
     return values
+
+
+def counts(text: str, option: str) -> list[int]:
+    """ "40,20" as whole numbers of at least 1."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ArgumentError(f"{option} is {text!r}, wanted whole numbers with commas, such as 40,20")
+    return [int(part) for part in parts]
 
 
 def size(text: str, option: str = "--input-size") -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What a table of peaks or a sweep was made from, as short hashes by part, so that a resume can say what has changed."""
+"""What a table of peaks, a sweep or a graph was made from, as short hashes by part, so that a resume can say what changed."""
 
 from __future__ import annotations
 
@@ -17,16 +17,23 @@ from conelens.models import LoadedModel
 
 def fingerprint(model: LoadedModel, folder: Path, tiles: str | None, distinct: str) -> str:
     """ "model:… weights:… input:… tiles:… distinct:… images:…"; images count by relative path and size in bytes."""
-    files = [(os.path.relpath(path, folder), path.stat().st_size if path.exists() else -1) for path in find_images(folder)]
-    return _joined(
-        _model(model) | {"tiles": _short(repr(tiles).encode()), "distinct": distinct, "images": _short(repr(files).encode())}
-    )
+    return _joined(_model(model) | {"tiles": _short(repr(tiles).encode()), "distinct": distinct, "images": _files(folder)})
 
 
 def sweep_fingerprint(model: LoadedModel, images: Tensor, settings: Mapping[str, object]) -> str:
     """ "model:… weights:… input:… images:…" and the settings by name; images [N, C, H, W] count by their content."""
-    told = {name: _short(repr(value).encode()) for name, value in settings.items()}
-    return _joined(_model(model) | {"images": _tensors({"": images})} | told)
+    return _joined(_model(model) | {"images": _tensors({"": images})} | _told(settings))
+
+
+def graph_fingerprint(model: LoadedModel, folder: Path, negatives: Path | None, settings: Mapping[str, object]) -> str:
+    """ "model:… weights:… input:… images:… negatives:…" and the settings by name; images as in :func:`fingerprint`."""
+    others = "none" if negatives is None else _files(negatives)
+    return _joined(_model(model) | {"images": _files(folder), "negatives": others} | _told(settings))
+
+
+def model_fingerprint(model: LoadedModel) -> str:
+    """ "model:… weights:… input:…" as in the others."""
+    return _joined(_model(model))
 
 
 def differing(kept: str, wanted: str) -> list[str]:
@@ -46,6 +53,15 @@ def require_same(kept: str, wanted: str) -> None:
 
 def _joined(parts: Mapping[str, str]) -> str:
     return " ".join(f"{name}:{value}" for name, value in parts.items())
+
+
+def _told(settings: Mapping[str, object]) -> dict[str, str]:
+    return {name: _short(repr(value).encode()) for name, value in settings.items()}
+
+
+def _files(folder: Path) -> str:
+    files = [(os.path.relpath(path, folder), path.stat().st_size if path.exists() else -1) for path in find_images(folder)]
+    return _short(repr(files).encode())
 
 
 def _model(model: LoadedModel) -> dict[str, str]:

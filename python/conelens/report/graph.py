@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from conelens.errors import ArgumentError
 from conelens.explanatory.drawing import Drawing, draw_graph
-from conelens.explanatory.pictures import Photographs, heat_sheet, patch_sheet, rank_nodes, top_patches
+from conelens.explanatory.pictures import SIDE, Node, Photographs, heat_sheet, patch_sheet, rank_nodes, top_patches
 from conelens.figures import FAINT, INK, PAPER, write
 from conelens.heatmaps import LABEL_COLOURS
 from conelens.report.page import Figure, Page, Section, Table, safe_name
@@ -51,8 +51,11 @@ def graph_page(
     *,
     tables: Sequence[TitledTable] = (),
     images: Sequence[int] | None = None,
+    layers: Sequence[str] | None = None,
     nodes: int = 12,
     patches: int = 9,
+    side: int = SIDE,
+    root: Node | None = None,
 ) -> Page:
     """The page of a learned graph, for :func:`conelens.report.write_page`.
 
@@ -63,31 +66,34 @@ def graph_page(
         dataset: shows these images.
         tables: (title, header, rows) of experiments, shown first.
         images: indices for the heat maps; None: six, spread over the data set.
+        layers: whose nodes are shown; None: of all.
         nodes: strongest nodes shown per layer, at most two of one filter.
-        patches: per node.
+        patches: per node; ``side`` of each, in pixels of the network's input.
+        root: a node that is drawn with what it is made of; None: the two top nodes with most of it.
 
     Raises:
         ArgumentError: placements that lack a layer, a data set that is too short.
     """
+    shown = [name for name in reversed(graph.layers) if layers is None or name in layers]
     count = len(next(iter(placements.values())).scores) if placements else 0
     if images is None:
         images = sorted({number * count // 6 for number in range(6)}) if count else []
     page = Page(title, GUIDE)
     page.sections += [Section(name, tables=[Table(header, rows)]) for name, header, rows in tables]
-    whole = draw_graph(graph, placements, dataset)
+    whole = draw_graph(graph, placements, dataset, side=side)
     drawings = [_figure("graph", whole, "The strongest nodes and edges.")]
     below_each = Counter(link.upper for link in whole.selection.links if link.upper in whole.selection.rows[0])
-    for root, _ in below_each.most_common(2):
-        below = draw_graph(graph, placements, dataset, root=root)
-        drawings.append(_figure(f"below_{'_'.join(map(str, root))}", below, f"What {root} is made of."))
+    for upper in [node for node, _ in below_each.most_common(2)] if root is None else [root]:
+        below = draw_graph(graph, placements, dataset, root=upper, side=side)
+        drawings.append(_figure(f"below_{'_'.join(map(str, upper))}", below, f"What {upper} is made of."))
     page.sections.append(Section("The graph", _DRAWN, drawings))
-    for name in reversed(graph.layers):
+    for name in shown:
         best = rank_nodes(placements, name, nodes, per_filter=2)
         if best:
-            sheet = patch_sheet(top_patches(dataset, placements, best, count=patches))
+            sheet = patch_sheet(top_patches(dataset, placements, best, count=patches, side=side))
             page.sections.append(Section(f"Nodes of {name}", _NODES, [Figure(f"nodes_{safe_name(name)}", sheet)]))
-    side = min(168, _WIDE // (1 + 2 * len(graph.layers)) - 4)
-    heat = heat_sheet(dataset, graph, placements, images, side=side)
+    heat_side = min(168, _WIDE // (1 + 2 * len(graph.layers)) - 4)
+    heat = heat_sheet(dataset, graph, placements, images, side=heat_side)
     page.sections.append(Section("Heat maps", _HEAT, [Figure("heat_maps", heat)]))
     page.sections.append(_learning(graph))
     return page
