@@ -107,6 +107,14 @@ class Features:
         chosen._home = self._home
         return chosen
 
+    def cpu(self) -> Features:
+        """The same in the computer's memory."""
+        moved = Features(
+            {name: maps.cpu() for name, maps in self.maps.items()}, self.grids, self.scale, self.image_size, self.skipped
+        )
+        moved._home = self._home
+        return moved
+
     def part(self, start: int, stop: int) -> Features:
         """Images [start, stop) alone, sharing memory: what one worker of several takes."""
         skipped = [i - start for i in self.skipped if start <= i < stop]
@@ -143,7 +151,7 @@ class Features:
                 those of ``images``.
             batch_size: images per forward pass.
             progress: called with (images done, images in all).
-            memory: bytes of maps from which they are kept in files instead.
+            memory: bytes of maps from which they are kept in files instead; below, on the network's device where they fit.
             folder: where those files go; a temporary folder by default, deleted with the last reference.
 
         Raises:
@@ -172,7 +180,7 @@ class Features:
             known = None
 
         skipped: list[int] = []
-        store = _Store({name: (len(images), *shape) for name, shape in shapes.items()}, memory, folder)
+        store = _Store({name: (len(images), *shape) for name, shape in shapes.items()}, memory, folder, net.device)
         spread = _Spread(shapes)
         rough: dict[str, float] = {}  # keeps halves from overflowing until the true scale is known
         for indices, values in _passes(net, images, layers, batch_size, tell, skipped):
@@ -182,10 +190,10 @@ class Features:
                 else:
                     rough.setdefault(name, max(float(value.std()), 1e-30))
                     value = value / rough[name]
-                halves = value.clamp_(min=0).to(torch.float16).cpu()
+                halves = value.clamp_(min=0).to(torch.float16)
                 if not bool(torch.isfinite(halves).all()):
                     raise DataError(f"layer {name}: activity overflows half precision; give larger scales with scale={{...}}")
-                store.maps[name][torch.tensor(indices)] = halves
+                store.maps[name][torch.tensor(indices)] = halves.to(store.maps[name].device)
             if known is None:
                 spread.add(values)
         if known is None:
@@ -198,12 +206,17 @@ class Features:
 
 
 class _Store:
-    """Room for the maps: zeros in memory, or in files where they would not fit."""
+    """Room for the maps: zeros in the network's memory, in the computer's, or in files where they would not fit."""
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], memory: int, folder: str | Path | None) -> None:
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, ...]], memory: int, folder: str | Path | None, device: torch.device
+    ) -> None:
         self.home: tempfile.TemporaryDirectory[str] | None = None
-        if sum(2 * int(np.prod(shape)) for shape in shapes.values()) <= memory:
-            self.maps = {name: torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()}
+        wanted = sum(2 * int(np.prod(shape)) for shape in shapes.values())
+        if wanted <= memory:
+            if device.type == "cuda" and 2 * wanted > torch.cuda.mem_get_info(device)[0]:
+                device = torch.device("cpu")  # half of what is free stays for the work itself
+            self.maps = {name: torch.zeros(shape, dtype=torch.float16, device=device) for name, shape in shapes.items()}
             return
         if folder is None:
             self.home = tempfile.TemporaryDirectory(prefix="conelens-features-")
@@ -224,14 +237,14 @@ class _Spread:
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.count = 0
-        self.sums = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
-        self.squares = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+        self.sums: dict[str, Tensor | float] = dict.fromkeys(shapes, 0.0)
+        self.squares: dict[str, Tensor | float] = dict.fromkeys(shapes, 0.0)
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
-            wide = value.detach().double().cpu()
-            self.sums[name] += wide.sum(0)
-            self.squares[name] += wide.square_().sum(0)
+            wide = value.double()
+            self.sums[name] = self.sums[name] + wide.sum(0)
+            self.squares[name] = self.squares[name] + wide.square().sum(0)
             count = len(value)
         self.count += count
 
@@ -241,7 +254,7 @@ class _Spread:
         per_unit = kind == "unit" or (kind == "auto" and self.count >= _PER_UNIT_FROM)
         found = {}
         for name, total in self.sums.items():
-            mean, square = total / self.count, self.squares[name] / self.count
+            mean, square = torch.as_tensor(total).cpu() / self.count, torch.as_tensor(self.squares[name]).cpu() / self.count
             if not per_unit:
                 mean, square = mean.mean((1, 2), keepdim=True), square.mean((1, 2), keepdim=True)
             sigma = (square - mean.square()).clamp(min=0).sqrt()
@@ -304,6 +317,7 @@ def _passes(
 
 def _divide(maps: Tensor, by: Tensor) -> None:
     """In place, in blocks, in float32."""
+    by = by.to(maps.device)
     rows = max(1, _BLOCK_BYTES // (4 * maps[0].numel()))
     for start in range(0, len(maps), rows):
         block = maps[start : start + rows]

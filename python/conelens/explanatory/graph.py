@@ -145,7 +145,7 @@ class ExplanatoryGraph:
         batch_size: int = 16,
         progress: Progress | None = None,
     ) -> dict[str, Placement]:
-        """Find every node in images, fitted on or not, from the top layer down: {layer: Placement}, bottom first.
+        """Find every node in images, fitted on or not, from the top layer down: {layer: Placement}, bottom first, on the CPU.
 
         Args:
             images: [N, C, H, W] or a data set in the network's space, or Features extracted with ``scale=graph.scale``.
@@ -176,7 +176,7 @@ class ExplanatoryGraph:
                 placement, centres = layer.place(features, parents, self.rules)
                 above = (layer, centres)
                 if layer.name in kept:
-                    kept[layer.name].append(placement)
+                    kept[layer.name].append(Placement(*(each.cpu() for each in placement)))
             if progress is not None:
                 progress("infer", stop, len(images))
         return {

@@ -123,14 +123,14 @@ def evaluate(
     for title, views in (("crops as annotated", parts), ("random views", jittered(parts, seed, smallest))):
         features = Features.extract(
             net, views, list(graph.layers), scale=graph.scale, progress=_part(progress, f"{title}: features")
-        )
+        ).cpu()
         placements = graph.infer(features, progress=progress)
         random = None
         if random_net is not None:
             scale: Any = "auto" if random_graph is None else random_graph.scale
             noise = Features.extract(
                 random_net, views, list(graph.layers), scale=scale, progress=_part(progress, f"{title}: random weights")
-            )
+            ).cpu()
             if random_graph is None:
                 random_graph = _like(graph, noise, progress)
             random = (noise, random_graph.infer(noise, progress=progress))
@@ -217,7 +217,8 @@ def _stability(crops: _Crops, graph: ExplanatoryGraph, resamples: int, seed: int
     note = (
         "Location instability (lower is better): standard deviation of the distance between detector and part over the "
         "detector's 100 best images that show the part, over the image's diagonal. As many nodes as the layer has filters, by "
-        "score. Intervals: bootstrap over images, paired. Release's choice: 20 best images, 167 best nodes or filters. All: every node."
+        "score. Intervals: bootstrap over images, paired. Release's choice: 20 best images, 167 best nodes or filters. All: "
+        "every node."
     )
     return Table(f"Location instability, {crops.title}", header, rows, note)
 
