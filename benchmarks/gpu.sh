@@ -40,6 +40,8 @@ fi
 
 "$python" -m benchmarks.gpu_occlusion --out "$results/gpu_occlusion.jsonl" --seconds "$(($(left) / 2))" || status=1
 echo "== occlusion sweeps done after ${SECONDS} s"
+timeout 90 "$python" -m benchmarks.graph_fit --count 2000 --out "$results/gpu_graph_fit.jsonl" || status=1
+echo "== explanatory graph of 2,000 images done after ${SECONDS} s"
 "$python" -m benchmarks.gpu_table --out "$results/gpu.jsonl" --seconds "$(left)" || status=1
 timeout "$(($(left) > 5 ? $(left) : 5))" "$python" -m pytest -q -p no:cacheprovider -m "gpu and slow" tests/gpu 2>&1 | tail -3
 echo "== finished after ${SECONDS} s (status $status)"
