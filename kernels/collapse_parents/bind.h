@@ -30,25 +30,21 @@ void register_collapse_parents(py::module_& m, int (*launch)(const conelens_coll
         p.dtype = displacement.float_dtype("displacement");
         p.images = displacement.size(0), p.parents = displacement.size(1);
         p.nodes = edges.size(0), p.edges_per_node = edges.size(1);
-        struct Wanted {
-          const char* name;
-          const TensorArg& tensor;
-          std::vector<int64_t> shape;
-        };
-        for (const auto& [name, tensor, shape] :
-             {Wanted{"displacement", displacement, {p.images, p.parents, 2}},
-              Wanted{"sigma", sigma, {p.parents}}, Wanted{"edges", edges, {p.nodes, p.edges_per_node}},
-              Wanted{"shift", shift, {p.images, p.nodes, 2}}, Wanted{"sigma_out", sigma_out, {p.nodes}},
-              Wanted{"log_agreement", log_agreement, {p.images, p.nodes}}}) {
+        const auto data = [&](const char* name, const TensorArg& tensor, const std::vector<int64_t>& shape) {
           if (&tensor != &edges) tensor.expect_float_dtype(name, p.dtype);
           tensor.expect_shape(name, shape);
           tensor.expect_same_device(name, displacement);
           tensor.expect_contiguous(name);
-        }
+          return tensor.data();
+        };
+        p.displacement = data("displacement", displacement, {p.images, p.parents, 2});
+        p.sigma = data("sigma", sigma, {p.parents});
+        p.edges = data("edges", edges, {p.nodes, p.edges_per_node});
+        p.shift = data("shift", shift, {p.images, p.nodes, 2});
+        p.sigma_out = data("sigma_out", sigma_out, {p.nodes});
+        p.log_agreement = data("log_agreement", log_agreement, {p.images, p.nodes});
         for (const TensorArg* out : {&shift, &sigma_out, &log_agreement}) out->expect_writable("out");
         p.edges_bytes = edges.integer_bytes("edges", {dlpack::kInt, 32, 1}, {dlpack::kInt, 64, 1});
-        p.displacement = displacement.data(), p.sigma = sigma.data(), p.edges = edges.data();
-        p.shift = shift.data(), p.sigma_out = sigma_out.data(), p.log_agreement = log_agreement.data();
         if (p.nodes == 0) return true;
         if (!all_within(p.edges, p.edges_bytes, p.nodes * p.edges_per_node, p.parents)) return false;
         run<Backend>(launch, p, displacement.device_id(), context);

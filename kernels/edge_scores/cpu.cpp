@@ -1,4 +1,4 @@
-// The kernel criterion of edge_scores on the CPU, compiled once per instruction set. Rules: README.md.
+// edge_scores on the CPU, compiled once per instruction set. Rules: README.md.
 //
 // Blocks as in a matrix product: a tile of nodes by parents stays in registers while the images of a block
 // pass by; the parents of a block are laid out in panels that the second-level cache holds.
@@ -66,7 +66,7 @@ void lay_out_nodes(const Params& p, Range images, int64_t first, Node<T>* to) {
 }
 
 // What kRows nodes and a panel add to out, its first cell of them; `steepness` is -log2(e) / 2b of each node.
-template <class T>
+template <class T, bool kernel>
 void score_tile(int64_t images, const Node<T>* nodes, const T* panel, const T* steepness, T* out,
                 int64_t out_stride, int64_t rows, int64_t columns, bool add) {
   constexpr int n = kLanes<T>;
@@ -84,8 +84,8 @@ void score_tile(int64_t images, const Node<T>* nodes, const T* panel, const T* s
       for (int c = 0; c < kColumns; ++c) {
         const V dy = y[c] - node.y, dx = x[c] - node.x;
         const V square = fma_vec<T, n>(dx, dx, dy * dy);
-        const V closeness = exp2_vec<T, n>(square * steepness[r]);
-        sums[r][c] = fma_vec<T, n>(V{} + node.weight, closeness, sums[r][c]);
+        const V term = kernel ? exp2_vec<T, n>(square * steepness[r]) : square;
+        sums[r][c] = fma_vec<T, n>(V{} + node.weight, term, sums[r][c]);
       }
     }
   }
@@ -98,24 +98,24 @@ void score_tile(int64_t images, const Node<T>* nodes, const T* panel, const T* s
 }
 
 // Nodes [begin, end) against the parents of a block, over its images.
-template <class T>
+template <class T, bool kernel>
 void score_nodes(const Params& p, Range images, Range parents, const T* panels, Range nodes, Node<T>* work) {
   constexpr T log2e = T(1.4426950408889634);
   const int64_t panel_size = images.size() * 2 * kWidth<T>;
   for (int64_t first = nodes.begin; first < nodes.end; first += kNodes) {
     lay_out_nodes(p, images, first, work);
     T steepness[kNodes] = {};
-    for (int64_t v = 0; v < min(kNodes, p.nodes - first); ++v)
+    for (int64_t v = 0; kernel && v < min(kNodes, p.nodes - first); ++v)
       steepness[v] = -log2e / (2 * static_cast<const T*>(p.bandwidth)[first + v]);
     for (int64_t u = parents.begin, panel = 0; u < parents.end; u += kWidth<T>, ++panel)
       for (int64_t v = first; v < min(first + kNodes, p.nodes); v += kRows)
-        score_tile<T>(images.size(), work + (v - first) * images.size(), panels + panel * panel_size,
-                      steepness + v - first, static_cast<T*>(p.out) + v * p.parents + u, p.parents,
-                      min(kRows, p.nodes - v), min(kWidth<T>, parents.end - u), images.begin > 0);
+        score_tile<T, kernel>(images.size(), work + (v - first) * images.size(), panels + panel * panel_size,
+                              steepness + v - first, static_cast<T*>(p.out) + v * p.parents + u, p.parents,
+                              min(kRows, p.nodes - v), min(kWidth<T>, parents.end - u), images.begin > 0);
   }
 }
 
-template <class T>
+template <class T, bool kernel>
 int score(const Params& p, int threads) {
   const int64_t most_images = min(kImages, p.images);
   const int64_t per_panel = most_images * 2 * kWidth<T> * static_cast<int64_t>(sizeof(T));
@@ -140,7 +140,8 @@ int score(const Params& p, int threads) {
           __atomic_store_n(&code, static_cast<int>(CONELENS_OUT_OF_MEMORY), __ATOMIC_RELAXED);
           return;
         }
-        score_nodes<T>(p, images, parents, memory, {begin * kNodes, min(end * kNodes, p.nodes)}, work);
+        score_nodes<T, kernel>(p, images, parents, memory, {begin * kNodes, min(end * kNodes, p.nodes)},
+                               work);
         free(work);
       });
     }
@@ -155,7 +156,8 @@ int edge_scores(const Params& p, int threads) {
   const bool single = p.dtype == CONELENS_FLOAT32;
   if (p.images == 0) memset(p.out, 0, p.nodes * p.parents * (single ? sizeof(float) : sizeof(double)));
   if (p.images * p.nodes * p.parents == 0) return CONELENS_OK;
-  return single ? score<float>(p, threads) : score<double>(p, threads);
+  if (p.bandwidth) return single ? score<float, true>(p, threads) : score<double, true>(p, threads);
+  return single ? score<float, false>(p, threads) : score<double, false>(p, threads);
 }
 
 }  // namespace conelens::cpu::CONELENS_ISA

@@ -1,4 +1,4 @@
-"""The quadratic criterion of edge_scores as matrix products, on any device. README.md says how exact that is."""
+"""The quadratic criterion of edge_scores as matrix products: what CUDA runs. README.md says how exact that is."""
 
 from __future__ import annotations
 

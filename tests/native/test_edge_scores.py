@@ -21,6 +21,8 @@ def test_takes_arrays() -> None:
     good = arrays()
     core.edge_scores(*good.values(), 1)
     assert (good["out"] == 2).all()
+    core.edge_scores(*(good | {"bandwidth": None}).values(), 1)
+    assert (good["out"] == 0).all()
     empty = arrays() | {"displacement": np.ones((0, 3, 2), np.float32), "weight": np.ones((0, 3), np.float32)}
     empty["parent"] = np.ones((0, 5, 2), np.float32)
     core.edge_scores(*empty.values(), 1)

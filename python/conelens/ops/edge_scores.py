@@ -8,7 +8,7 @@ from torch import Tensor
 
 from conelens._native import Native
 from conelens.errors import ArgumentError
-from conelens.kernels.edge_scores import products, reference
+from conelens.kernels.edge_scores import reference
 from conelens.ops import _arguments as arguments
 from conelens.ops._dispatch import Implementations
 from conelens.ops._register import Operator
@@ -26,8 +26,8 @@ def edge_scores(
     displacement [I,V,2] says how far (y, x) a node is from its mean place in an image, parent [I,U,2] the same of the
     candidates, weight [I,V] how much the node's place in that image counts. With d and p one of each:
 
-    * without ``bandwidth``: sum of ``weight * |d - p|^2``, small where they move alike, in matrix products; not negative unless
-      a weight is, and good to 1e-5 (float64: 1e-12) of the sum of ``weight * (|d - c|^2 + |p - c|^2)``, c the parents' mean;
+    * without ``bandwidth``: sum of ``weight * |d - p|^2``, small where they move alike; good to 1e-5 (float64: 1e-12) of itself
+      on the CPU, and of the sum of ``weight * (|d - c|^2 + |p - c|^2)``, c the parents' mean, in CUDA's matrix products;
     * with ``bandwidth`` [V], the square of a length, positive: sum of ``weight * exp(-|d - p|^2 / (2 bandwidth))``, large where
       they move alike; the criterion of the release of Zhang et al. 2018, good to 1e-5 (1e-12) of the sum of the weights.
 
@@ -80,9 +80,7 @@ def _compiled(
 ) -> Tensor:
     if out is None or not out.is_contiguous():
         out = fresh(displacement, displacement.shape[1], parent.shape[1])
-    if bandwidth is None:
-        return products.squared_differences(displacement, weight, parent, out)
-    packed = (x.resolve_neg().contiguous() for x in (displacement, weight, parent, bandwidth))
+    packed = (None if x is None else x.resolve_neg().contiguous() for x in (displacement, weight, parent, bandwidth))
     native.module.edge_scores(*packed, out, native.context(displacement.device))  # type: ignore[union-attr]
     return out
 
