@@ -67,6 +67,7 @@ class LayerFit:
         self.parents = parents
         self.edges = 0 if self.parents is None else min(edges, len(self.parents.nodes))
         self.first_image = first_image
+        self._known: dict[int, float] = {}  # sum of F of each block, which iterations do not change
         self.device = layer.mean.device
 
     def _blocks(self) -> Iterator[tuple[int, Tensor, Parents | None]]:
@@ -92,13 +93,13 @@ class LayerFit:
     def _of_block(
         self, features: Tensor, parents: Parents | None, expected: Expected, found: Found, first_image: int
     ) -> Statistics:
-        mass, residual = found.mass.flatten(1), found.first.flatten(1, 2)
+        mass, residual, wide = found.mass.flatten(1), found.first.flatten(1, 2), torch.float64
         part = Statistics(
-            mass.double().sum(0),
-            residual.double().sum(0),
-            found.second.flatten(1).double().sum(0),
-            float(found.log_likelihood.double().sum()),
-            float(features.clamp(min=0).sum((2, 3), dtype=mass.dtype).double().sum()),
+            mass.sum(0, dtype=wide),
+            residual.sum(0, dtype=wide),
+            found.second.flatten(1).sum(0, dtype=wide),
+            float(found.log_likelihood.sum(dtype=wide)),
+            self._activity(first_image, features),
         )
         if parents is None:
             return part
@@ -110,10 +111,15 @@ class LayerFit:
         if expected.shift is not None:
             own = own + expected.shift.flatten(1, 2)
         weighted = mass[..., None] * own
-        part.moved, part.spread = weighted.double().sum(0), (weighted * own).double().sum((0, 2))
+        part.moved, part.spread = weighted.sum(0, dtype=wide), (weighted * own).sum((0, 2), dtype=wide)
         part.squares = ops.edge_scores(own, mass, parents.displacement)
         part.pull = torch.stack([mass.T @ parents.displacement[..., axis] for axis in (0, 1)], -1)
         return part
+
+    def _activity(self, first_image: int, features: Tensor) -> float:
+        if first_image not in self._known:
+            self._known[first_image] = float(features.sum((2, 3), dtype=self.layer.mean.dtype).sum(dtype=torch.float64))
+        return self._known[first_image]
 
     def update(self, total: Statistics, iteration: int) -> None:
         """The M-step: means move, spreads are estimated, parents are chosen anew. ``iteration`` counts from 1."""
@@ -152,14 +158,16 @@ class LayerFit:
         """
         assert self.parents is not None and total.squares is not None and total.pull is not None
         assert total.moved is not None and total.spread is not None
-        mass = total.mass[:, None]
         # displacements are counted from the means as they are now, not from where they were in the E-step
-        relative = total.moved[:, None] - total.pull  # sum of n (d - delta)
-        squares = total.squares - 2 * (step[:, None] * relative).sum(-1) + mass * step.square().sum(-1)[:, None]
-        spread = total.spread - 2 * (step * total.moved).sum(-1) + total.mass * step.square().sum(-1)
-        variance = self.parents.sigma.double().square()
-        score = -variance.log() - squares / (2 * variance * mass.clamp(min=LEAST_MASS))
-        explained = 1 - squares / spread.clamp(min=LEAST_MASS)[:, None]
+        moved, far = (step * total.moved).sum(-1), total.mass * step.square().sum(-1)
+        real = total.squares.dtype
+        squares = total.squares + (far - 2 * moved).to(real)[:, None]
+        for axis in (0, 1):
+            squares.addcmul_(total.pull[..., axis], step[:, axis, None].to(real), value=2)
+        spread = (total.spread - 2 * moved + far).to(real)[:, None]
+        explained = 1 - squares / spread.clamp(min=LEAST_MASS)
+        variance = self.parents.sigma.to(real).square()
+        score = squares.div_(total.mass.to(real).clamp(min=LEAST_MASS)[:, None]).div_(-2 * variance).sub_(variance.log())
         self._take(score, explained, total.mass >= LEAST_MASS)
 
     def _choose_by_kernel(self, total: Statistics) -> None:
@@ -178,10 +186,10 @@ class LayerFit:
         self._take(kernel, kernel / weight.clamp(min=1e-30)[:, None], weight > 0)
 
     def _take(self, score: Tensor, strength: Tensor, alive: Tensor) -> None:
-        """The M best candidates of every node; of equals the first. Nodes without any mass keep the parents they have."""
+        """The M best candidates of every node, best first. Nodes without any mass keep the parents they have."""
         assert self.parents is not None
         layer, count = self.layer, self.edges
-        best = torch.sort(score, dim=1, descending=True, stable=True).indices[:, :count]
+        best = score.topk(count, dim=1).indices
         edges, strength = self.parents.nodes[best], strength.gather(1, best).to(layer.mean)
         if layer.edges is not None and layer.strength is not None:
             edges = torch.where(alive[:, None], edges, layer.edges.view(-1, count))
