@@ -52,8 +52,13 @@ def by_search(detector: Detector, part: Annotation, patterns: int, candidates: i
         votes = positions[:, order] + point - positions[a, order]
         weights = scores[:, order]
         middle = [agreed(votes[i], weights[i], sigma)[0] for i in others]
-        near = np.exp(-((votes[others] - np.array(middle)[:, None]) ** 2).sum(-1) / (2 * sigma**2))
-        stability = (weights[others] * near).sum(0) / weights[others].sum(0)
+        near = [
+            [np.exp(-((votes[i] - place) ** 2).sum(-1) / (2 * sigma**2)) for place in np.roll(middle, shift, 0)[[n]]]
+            for shift in range(5)
+            for n, i in enumerate(others)
+        ]
+        own, *elsewhere = np.array(near).reshape(5, len(others), -1)
+        stability = (weights[others] * (own - np.mean(elsewhere, 0))).sum(0) / weights[others].sum(0)
         kept = np.argsort(-scores[a, order] * stability, kind="stable")[:patterns]
         places = [agreed(votes[i, kept], weights[i, kept], sigma) for i in range(len(scores))]
         templates.append([(total / places[a][1], place) for place, total in places])
@@ -83,6 +88,16 @@ def test_a_pattern_that_follows_the_part_beats_noise() -> None:
     torch.testing.assert_close(found, truth, atol=0.05, rtol=0.0)  # selection leaves the noise out
     alone = Vote(Detector("noise", lost, scores[:, 10:]), SIZE, patterns=10).locate(part)
     assert (alone - truth).norm(dim=1).mean() > 20
+
+
+def test_patterns_that_never_move_are_not_chosen() -> None:
+    # many more stand still than follow: they agree with one another in every image, and on nothing in it
+    rng = np.random.default_rng(1)
+    truth = torch.from_numpy(rng.uniform((20, 20), (100, 140), (40, 2)).astype(np.float32))
+    still = torch.from_numpy(rng.uniform((0, 0), SIZE, (1, 6, 2)).astype(np.float32)).expand(40, 6, 2)
+    nodes = Detector("mixed", torch.cat((still, truth[:, None].expand(40, 5, 2) + 3), 1), torch.ones(40, 11))
+    part = annotation([0, 1, 2], [tuple(point) for point in truth[:3].tolist()])
+    torch.testing.assert_close(Vote(nodes, SIZE, patterns=5, sigma=10.0).locate(part), truth, atol=0.05, rtol=0.0)
 
 
 def test_the_better_template_decides() -> None:

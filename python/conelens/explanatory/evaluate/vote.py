@@ -15,6 +15,7 @@ from conelens.explanatory.evaluate.localisation import Annotation
 
 BLOCK = 1 << 22  # kernel values held at a time (16 MiB)
 SHIFTS, STILL = 20, 0.05  # steps of the mean shift at most; pixels that count as no step
+OTHERS = 4  # images whose places tell what agreement is worth that needs no look at the image
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,9 @@ class Vote:
     * Scores are divided by the pattern's root mean square score over all images, so that a pattern counts by how exceptional
       its answer is and not by the scale of its filter or density; detectors of several layers can be joined.
     * Selection: of the ``candidates`` patterns with the highest score on the annotated image, those ``patterns`` with the
-      largest score x stability. Stability looks at all other images, without labels: the share of the pattern's score that
-      falls to images where it votes for the place all candidates agree on, weighed by the same Gaussian.
+      largest score x stability. Stability looks at all images that are not annotated, without labels: how near (by the same
+      Gaussian) the pattern votes to the place that all candidates agree on, less how near it votes to the places agreed on in
+      other images (the next four), averaged with the scores as weights. A pattern that never moves has none.
     * Between templates: a template's largest sum divided by the one on its own annotated image (the sum of its scores there),
       so that 1 means "as much evidence as where it was annotated". The largest quotient gives the position.
     * An image where no pattern scores gets the mean annotated centre.
@@ -46,7 +48,7 @@ class Vote:
     detector: Detector
     size: tuple[int, int]
     patterns: int = 100
-    candidates: int = 300
+    candidates: int = 1000
     sigma: float = 35.0
     step: float = 8.0
 
@@ -89,11 +91,16 @@ class Vote:
         return place, total / total[image]
 
     def _stability(self, votes: Tensor, heights: Tensor) -> Tensor:
-        """Share [V] of each pattern's heights [N,V] that is near the place all patterns agree on."""
+        """How much nearer [V] votes [N,V,2] are to where all agree in their own image than to where they do in other images."""
         agreed, _ = self._agree(votes, heights)
-        apart = (votes - agreed[:, None]).square().sum(2)
-        near = torch.exp(apart / (-2 * self.sigma**2))
-        return (heights * near).sum(0) / heights.sum(0).clamp_min(1e-12)
+        shifts = range(1, min(OTHERS, len(votes) - 1) + 1)
+        by_chance = sum((self._near(votes, agreed.roll(shift, 0)) for shift in shifts), torch.zeros_like(heights))
+        gain = self._near(votes, agreed) - by_chance / max(1, len(shifts))
+        return (heights * gain).sum(0) / heights.sum(0).clamp_min(1e-12)
+
+    def _near(self, votes: Tensor, place: Tensor) -> Tensor:
+        """The Gaussian, uncut, between votes [N,V,2] and a place [N,2] of each image."""
+        return (votes - place[:, None]).square_().sum(2).mul_(-0.5 / self.sigma**2).exp_()
 
     @cached_property
     def _usual(self) -> Tensor:
