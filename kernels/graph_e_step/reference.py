@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
 
 def graph_e_step(
     features: Tensor,
@@ -17,13 +19,13 @@ def graph_e_step(
     tau: Tensor,
     grid: Sequence[float],
     argmax: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Results:
     """features [I,D,H,W], mean [D,K,2], shift [I,D,K,2], sigma [D,K], weight [I,D,K], tau [I], grid (y0, x0, dy, dx)
 
     -> mass [I,D,K], first [I,D,K,2], second [I,D,K], log_likelihood [I,D], position [I,D,K] int32, score [I,D,K];
     the last two are empty without argmax.
     """
-    images, channels, height, width = features.shape
+    height, width = features.shape[2:]
     real = torch.float64 if features.dtype == torch.float64 else torch.float32
     activity = features.to(real).clamp(min=0)
     centre = mean.to(real) if shift is None else mean.to(real) + shift.to(real)
@@ -47,3 +49,14 @@ def graph_e_step(
     seen = (density * activity[:, :, None]).flatten(-2)
     score, position = seen.max(-1)  # of equals the first; NaN wins
     return mass, first, second, likelihood, position.to(torch.int32).masked_fill(score == 0, -1), score
+
+
+def empty_results(features: Tensor, nodes: int, argmax: bool) -> Results:
+    """Room for them; position and score are empty without an arg-max."""
+    maps = features.shape[:2]
+    real = torch.float64 if features.dtype == torch.float64 else torch.float32
+    of_nodes = (*maps, nodes)
+    chosen = of_nodes if argmax else (0,)
+    mass, second, score = (features.new_empty(shape, dtype=real) for shape in (of_nodes, of_nodes, chosen))
+    first, likelihood = (features.new_empty(shape, dtype=real) for shape in ((*of_nodes, 2), maps))
+    return mass, first, second, likelihood, features.new_empty(chosen, dtype=torch.int32), score

@@ -227,7 +227,9 @@ def takes_arrays(function: Callable[..., Any]) -> Callable[..., Any]:
         if out is not None:
             return type(result)(*out) if isinstance(out, tuple) else out
         back = _to_array_like(first)
-        return type(result)(*(x if x is None else back(x) for x in result)) if isinstance(result, tuple) else back(result)
+        if not isinstance(result, tuple):
+            return back(result)
+        return type(result)(*[None if x is None else back(x) for x in result])
 
     return wrapper
 

@@ -71,7 +71,7 @@ def graph_e_step(
     names = EStep._fields if argmax else EStep._fields[:4]
     if not isinstance(out, tuple | list) or len(out) != len(names):
         raise ArgumentError(f"out must be ({', '.join(names)}), got {_kind(out)}")
-    fresh = _results(features, sigma, argmax)
+    fresh = reference.empty_results(features, sigma.shape[1], argmax)
     wanted = [(f"out[{i}]", x, like.shape, like.dtype) for i, (x, like) in enumerate(zip(out, fresh))]
     _OPERATOR.into((*arguments.check_outs(wanted, features, "features"), *fresh[len(names) :]), *args)
     return EStep(*out)
@@ -125,16 +125,6 @@ def _refuse_values(sigma: Tensor, tau: Tensor) -> None:
         raise ArgumentError(f"tau must be at least 0, got {float(tau[~(tau >= 0)][0])}")
 
 
-def _results(features: Tensor, sigma: Tensor, argmax: bool) -> tuple[Tensor, ...]:
-    """Fresh ones; position and score are empty without an arg-max."""
-    maps, real = features.shape[:2], _real(features)
-    nodes = (*maps, sigma.shape[1])
-    chosen = nodes if argmax else (0,)
-    shapes = (nodes, (*nodes, 2), nodes, maps, chosen, chosen)
-    dtypes = (real, real, real, real, torch.int32, real)
-    return tuple(features.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes))
-
-
 def _fake(
     features: Tensor,
     mean: Tensor,
@@ -144,11 +134,11 @@ def _fake(
     tau: Tensor,
     grid: Sequence[float],
     argmax: bool,
-) -> tuple[Tensor, ...]:
-    return _results(features, sigma, argmax)
+) -> reference.Results:
+    return reference.empty_results(features, sigma.shape[1], argmax)
 
 
-def _reference(features: Tensor, mean: Tensor, shift: Tensor | None, sigma: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _reference(features: Tensor, mean: Tensor, shift: Tensor | None, sigma: Tensor, *rest: Any) -> reference.Results:
     _refuse_values(sigma, rest[1])
     return reference.graph_e_step(features, mean, shift, sigma, *rest)
 
@@ -163,15 +153,15 @@ def _compiled(
     tau: Tensor,
     grid: Sequence[float],
     argmax: bool,
-    out: tuple[Tensor, ...] | None = None,
-) -> tuple[Tensor, ...]:
+    out: reference.Results | None = None,
+) -> reference.Results:
     _refuse_values(sigma, tau)
     features = features.resolve_neg()
     features = features if features.stride(3) == 1 else arguments.packed(features)
     mean, sigma, tau = mean.contiguous(), sigma.contiguous(), tau.contiguous()
     shift = None if shift is None else shift.contiguous()
     if out is None or not all(x.is_contiguous() for x in out):
-        out = _results(features, sigma, argmax)
+        out = reference.empty_results(features, sigma.shape[1], argmax)
     chosen = out[4:] if argmax else (None, None)
     module, context = native.module, native.context(features.device)
     module.graph_e_step(  # type: ignore[union-attr]
