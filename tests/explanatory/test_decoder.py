@@ -15,7 +15,8 @@ from torch import Tensor
 
 from conelens.errors import ArgumentError, CheckpointError
 from conelens.explanatory import decoder as module
-from conelens.explanatory.decoder import CHECKPOINT, Decoder, Recipe, TrainingInterrupted, low_pass, thin
+from conelens.explanatory.decoder import CHECKPOINT, Decoder, TrainingInterrupted, low_pass, thin
+from conelens.explanatory.painting import Recipe
 
 TOY = Recipe(steps=40, batch_size=8, size=8, width=12, widest=12, rate=1e-2)
 
@@ -79,7 +80,7 @@ def test_the_update_is_adam_on_the_stated_loss() -> None:
     weights = {name: value.clone().requires_grad_() for name, value in state.weights.items()}
     first, second = ({name: np.zeros(value.shape) for name, value in weights.items()} for _ in range(2))
     for step in range(5):
-        painted = module._paint(weights, features.double())
+        painted = module.paint(weights, features.double())
         error = (painted - images).abs()
         rows = ((painted[:, :, 1:] - painted[:, :, :-1]) - (images[:, :, 1:] - images[:, :, :-1])).abs()
         columns = ((painted[..., 1:] - painted[..., :-1]) - (images[..., 1:] - images[..., :-1])).abs()

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from conelens.errors import ArgumentError, LayerError
 from conelens.explanatory import decoder as module
-from conelens.explanatory.decoder import Decoder, Recipe
+from conelens.explanatory.decoder import Decoder
 from conelens.explanatory.features import Features, Grid
 from conelens.explanatory.layer import Placement
+from conelens.explanatory.painting import Recipe
 from conelens.explanatory.synthesis import Synthesis, highest_units, kept_units, survival, synthesis_sheet, synthesise
 
 GRID = Grid((3.5, 7.5), (8.0, 16.0), (4, 3))  # of pictures of 32 x 48 pixels
@@ -264,7 +265,11 @@ def test_mistakes_are_named(decoder: Decoder) -> None:
     with pytest.raises(ArgumentError, match="layer: got 'top'"):
         synthesise(features, {"other": placement}, decoder)
     with pytest.raises(LayerError, match="layer: got 'top'"):
-        synthesise(Features({"other": features["top"]}, {"other": GRID}, {}, (32, 48)), placements, decoder)
+        synthesise(
+            Features({"other": features["top"]}, {"other": GRID}, {"other": torch.ones(FILTERS, 1, 1)}, (32, 48)),
+            placements,
+            decoder,
+        )
     for images in ([], [6], [-1]):
         with pytest.raises(ArgumentError, match="images: got"):
             synthesise(features, placements, decoder, images=images)

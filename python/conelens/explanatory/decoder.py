@@ -21,50 +21,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from conelens.errors import ArgumentError, CheckpointError
+from conelens.explanatory.painting import SLOPE, Recipe, doublings, layout_of, paint
 
 FORMAT = "conelens.Decoder 1"
 CHECKPOINT = "decoder_training.safetensors"
-_SLOPE = 0.2  # of the rectifiers below zero
 _BETAS, _EPSILON = (0.9, 0.99), 1e-8  # Adam's
 _ORDER, _THINNING, _HELD_OUT, _INITIAL = range(4)  # what random numbers are drawn for
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a decoder is trained; two with equal recipes, data and threads are equal to the bit.
-
-    Attributes:
-        steps: updates of the weights; ``batch_size`` images each, in a new order whenever all have been seen.
-        seed: of the first weights, the order, the held-out images and the dropped units.
-        size: longest side of the picture in pixels, at most: the map is doubled while it fits.
-        width: channels before the last doubling; each layer before has twice as many, at most ``widest``.
-        rate: Adam's, after a short warm-up falling to zero along a cosine.
-        thinned: share of the images of a batch that lose units at random (:func:`thin`), so that sparse maps are nothing new.
-        contrast: weight of the differences of neighbouring pixels in the loss, beside the pixels themselves.
-        held_out: share of the images that is kept aside, to measure the error on.
-    """
-
-    steps: int = 800
-    batch_size: int = 16
-    seed: int = 0
-    size: int = 112
-    width: int = 48
-    widest: int = 192
-    rate: float = 3e-3
-    thinned: float = 0.5
-    contrast: float = 1.0
-    held_out: float = 0.1
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "size", "width", "widest"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ArgumentError(f"{name}: got {getattr(self, name)!r}, wanted a whole number of at least 1")
-        if type(self.seed) is not int:
-            raise ArgumentError(f"seed: got {self.seed!r}, wanted a whole number")
-        for name, low, high in (("thinned", 0, 1), ("held_out", 0, 0.9), ("contrast", 0, 1000), ("rate", 0, 1)):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not low <= value <= high:
-                raise ArgumentError(f"{name}: got {value!r}, wanted a number in {low}..{high}")
 
 
 class Errors(NamedTuple):
@@ -124,14 +86,14 @@ class Decoder:
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of the pictures."""
-        times = 2 ** _doublings(self.shape, self.recipe.size)
+        times = 2 ** doublings(self.shape, self.recipe.size)
         return self.shape[1] * times, self.shape[2] * times
 
     def __call__(self, maps: Tensor, batch_size: int = 32) -> Tensor:
         """Maps [N, D, H, W], normalised and non-negative, of any floating dtype -> pictures [N, 3, h, w] float32 in 0..1."""
         _check_maps("maps", maps, self.shape)
         with torch.no_grad():
-            parts = [_paint(self.weights, part.float()).clamp(0, 1) for part in maps.split(batch_size)]
+            parts = [paint(self.weights, part.float()).clamp(0, 1) for part in maps.split(batch_size)]
         return torch.cat(parts) if parts else torch.empty(0, 3, *self.size)
 
     @classmethod
@@ -225,7 +187,7 @@ class Decoder:
             layer, steps = str(about["layer"]), int(about["steps"])
         except (KeyError, TypeError, ValueError, ArgumentError) as error:
             raise CheckpointError(f"{path}: no decoder that this version can read ({error!r})") from error
-        return cls(layer, shape, recipe, _checked(path, weights, _layout(shape, recipe)), steps, errors)
+        return cls(layer, shape, recipe, _checked(path, weights, layout_of(shape, recipe)), steps, errors)
 
 
 # ----------------------------------------------------------------------------------------------------- pictures and sparse maps
@@ -256,48 +218,17 @@ def thin(maps: Tensor, shares: Tensor, generator: torch.Generator) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------------ the network
-def _doublings(shape: tuple[int, int, int], size: int) -> int:
-    return max(0, int(math.log2(max(1.0, size / max(shape[1:])))))
-
-
-def _layout(shape: tuple[int, int, int], recipe: Recipe) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights, in order."""
-    ups = _doublings(shape, recipe.size)
-    widths = [min(recipe.widest, recipe.width * 2**number) for number in reversed(range(max(1, ups)))]
-    layout: dict[str, tuple[int, ...]] = {"gather": (widths[0], shape[0], 1, 1), "mix": (widths[0], widths[0], 3, 3)}
-    layout |= {f"up{number}": (*widths[number - 1 : number + 1], 4, 4) for number in range(1, len(widths))}
-    layout["colour"] = (widths[-1], 3, 4, 4) if ups else (widths[-1], 3, 3, 3)
-    biases = {f"{name}.bias": (size[0] if name in ("gather", "mix") else size[1],) for name, size in layout.items()}
-    return layout | biases
-
-
-def _paint(weights: dict[str, Tensor], maps: Tensor) -> Tensor:
-    """Maps [N, D, H, W] floating -> pictures [N, 3, h, w], not yet held to 0..1.
-
-    Two convolutions, then an up-convolution (4x4, stride 2) for each doubling, of which the last gives the colours.
-    """
-    # roots: which units fire tells more than how strongly; channels last: twice as fast on CPU
-    x = maps.sqrt().contiguous(memory_format=torch.channels_last)
-    x = functional.conv2d(x, weights["gather"], weights["gather.bias"])
-    x = functional.conv2d(functional.leaky_relu(x, _SLOPE), weights["mix"], weights["mix.bias"], padding=1)
-    for name in [name for name in weights if name.startswith("up") and not name.endswith("bias")] + ["colour"]:
-        stride = weights[name].shape[2] - 2
-        x = functional.leaky_relu(x, _SLOPE)
-        x = functional.conv_transpose2d(x, weights[name], weights[f"{name}.bias"], stride=stride, padding=1)
-    return x
-
-
 def _begin(shape: tuple[int, int, int], recipe: Recipe, colour: Tensor) -> _State:
     """First weights, of a size that keeps the activity's; zero maps are painted in ``colour`` [3]."""
     generator = _random(recipe.seed, _INITIAL, 0)
     weights = {}
-    for name, size in _layout(shape, recipe).items():
+    for name, size in layout_of(shape, recipe).items():
         if len(size) == 1:
             weights[name] = torch.zeros(size)
             continue
         # a cell of an up-convolution is reached by a quarter of its taps
         inputs = math.prod(size[1:]) if name in ("gather", "mix") else size[0] * size[2] * size[3] / (size[2] - 2) ** 2
-        gain = 0.1 if name == "colour" else math.sqrt(2 / (1 + _SLOPE**2))
+        gain = 0.1 if name == "colour" else math.sqrt(2 / (1 + SLOPE**2))
         weights[name] = torch.randn(size, generator=generator) * (gain / math.sqrt(inputs))
     weights["colour.bias"] = colour.clone()
     zeros = {name: torch.zeros_like(value) for name, value in weights.items()}
@@ -342,7 +273,7 @@ def _update(state: _State, maps: Tensor, wanted: Tensor, recipe: Recipe) -> tupl
     if not bool(whole.all()):
         maps = thin(maps, torch.where(whole, 1.0, shares), generator)
     weights = {name: value.detach().requires_grad_() for name, value in state.weights.items()}
-    loss = _loss(_paint(weights, maps), wanted, recipe.contrast)
+    loss = _loss(paint(weights, maps), wanted, recipe.contrast)
     gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
     step, rate = state.step + 1, _rate(state.step, recipe)
     first = {name: torch.lerp(gradients[name], value, _BETAS[0]) for name, value in state.first.items()}
@@ -385,7 +316,7 @@ def _resume(file: Path, about: dict[str, Any]) -> _State | None:
     differing = [key for key in ("layer", "shape", "recipe", "data") if theirs.get(key) != about[key]]
     if differing:
         raise CheckpointError(f"{file}: made with other {', '.join(differing)}; choose another folder, or remove that file")
-    layout = _layout(tuple(about["shape"]), Recipe(**about["recipe"]))
+    layout = layout_of(tuple(about["shape"]), Recipe(**about["recipe"]))
     groups: dict[str, dict[str, Tensor]] = {"weights": {}, "first": {}, "second": {}}
     for name, value in tensors.items():
         group, _, inner = name.partition("/")
