@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import Case, Floor, compiled
+from benchmarks.cases import Case, Floor, Target, compiled
 from conelens import ops
+from conelens.kernels.graph_e_step.reference import graph_e_step
 
 IMAGES, NODES, CANDIDATES, EDGES = 64, 20480, 600, 15  # a block of images, a 28x28 layer of VGG-16 (512 x 40), the pool, M
 Results = tuple[Tensor, Tensor, Tensor]
@@ -187,5 +188,162 @@ def edge_case(kernel: bool) -> Case:
     )
 
 
+# --- E-step ---------------------------------------------------------------------------------------
+
+CHANNELS = 512
+LAYERS = {14: (8, 20), 28: (4, 40)}  # VGG-16 at 224 pixels, side of the map: images, nodes of a channel
+
+
+@dataclass
+class StepInputs:
+    features: Tensor
+    mean: Tensor
+    shift: Tensor | None
+    sigma: Tensor
+    weight: Tensor
+    tau: Tensor
+    grid: tuple[float, float, float, float]
+    out: Any = ()
+
+    @property
+    def nodes(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+        return self.mean, self.shift, self.sigma, self.weight, self.tau
+
+
+def _step_inputs(side: int, images: int, shifted: bool, lit: float, argmax: bool) -> StepInputs:
+    """Activity anywhere, or, as behind a ReLU, in spots that cover the share `lit` of the cells."""
+    generator = torch.Generator().manual_seed(0)
+    nodes, stride = LAYERS[side][1], 224 / side
+    features = torch.rand(images, CHANNELS, side, side, generator=generator)
+    if lit < 1:
+        smooth = F.avg_pool2d(torch.randn(images, CHANNELS, side + 2, side + 2, generator=generator), 3, 1)
+        features = (smooth - smooth.flatten()[::97].quantile(1 - lit)).clamp_(min=0)
+    shape = (images, CHANNELS, nodes)
+    inputs = StepInputs(
+        features,
+        224 * torch.rand(CHANNELS, nodes, 2, generator=generator),
+        16 * torch.randn(*shape, 2, generator=generator) if shifted else None,
+        0.15 * 224 * (0.5 + torch.rand(CHANNELS, nodes, generator=generator)),
+        torch.rand(shape, generator=generator),
+        torch.full((images,), 0.1),
+        (stride / 2, stride / 2, stride, stride),
+    )
+    results = ops.graph_e_step(inputs.features, *inputs.nodes, grid=inputs.grid, argmax=argmax)
+    inputs.out = tuple(x for x in results if x is not None)
+    return inputs
+
+
+def _axes(features: Tensor, mean: Tensor, shift: Tensor | None, sigma: Tensor, grid: Any) -> tuple[Tensor, ...]:
+    """Distances from the nodes and Gaussians of them, along y and along x: [I or 1, D, K, H or W] each."""
+    centre = mean[None] if shift is None else mean + shift
+    y, x = (grid[axis] + grid[2 + axis] * torch.arange(features.shape[2 + axis]) for axis in (0, 1))
+    dy, dx = y - centre[..., 0, None], x - centre[..., 1, None]
+    scale = (-0.5 / sigma.square())[..., None]
+    return dy, dx, torch.exp(dy.square() * scale), torch.exp(dx.square() * scale)
+
+
+def _flat(x: Tensor, images: int) -> Tensor:
+    return x.expand(images, *x.shape[1:]).flatten(0, 1)
+
+
+def _evidence(features: Tensor, gy: Tensor, gx: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+    total = torch.bmm(gy.mT, gx).view(features.shape) + tau[:, None, None, None]
+    activity = features.clamp(min=0)
+    return (activity / total).flatten(0, 1), (activity * total.log()).sum((2, 3))
+
+
+def _two_ways(
+    features: Tensor, mean: Tensor, shift: Tensor | None, sigma: Tensor, weight: Tensor, tau: Tensor, grid: Any
+) -> Any:
+    """Three products: the densities, their evidence down the columns, and along the rows."""
+    images = features.shape[0]
+    dy, dx, gy, gx = _axes(features, mean, shift, sigma, grid)
+    row, column = _flat(gy * weight[..., None], images), _flat(gx, images)
+    evidence, likelihood = _evidence(features, row, column, tau)
+    down = (torch.bmm(row, evidence) * column).view(*weight.shape, -1)
+    along = (torch.bmm(column, evidence.mT) * row).view(*weight.shape, -1)
+    moment_y, moment_x = along * dy, down * dx
+    first = torch.stack((moment_y.sum(-1), moment_x.sum(-1)), -1)
+    return down.sum(-1), first, (moment_y * dy).sum(-1) + (moment_x * dx).sum(-1), likelihood
+
+
+def _stacked(
+    features: Tensor, mean: Tensor, shift: Tensor | None, sigma: Tensor, weight: Tensor, tau: Tensor, grid: Any
+) -> Any:
+    """Two products, the second three times as tall: Gaussians of y times 1, distance and its square."""
+    images = features.shape[0]
+    dy, dx, gy, gx = _axes(features, mean, shift, sigma, grid)
+    row = gy * weight[..., None]
+    evidence, likelihood = _evidence(features, _flat(row, images), _flat(gx, images), tau)
+    tall = torch.cat((row, row * dy, row * dy * dy), 2).flatten(0, 1)
+    sums = torch.bmm(tall, evidence).view(*weight.shape[:2], 3, weight.shape[2], -1) * gx[:, :, None]
+    moment = sums[:, :, 0] * dx
+    mass, first_y, second_y = sums.sum(-1).unbind(2)
+    return mass, torch.stack((first_y, moment.sum(-1)), -1), second_y + (moment * dx).sum(-1), likelihood
+
+
+def _largest(
+    features: Tensor, mean: Tensor, shift: Tensor | None, sigma: Tensor, weight: Tensor, tau: Tensor, grid: Any
+) -> Any:
+    """Three products, and the maximum over all cells and nodes by broadcasting."""
+    _, _, gy, gx = _axes(features, mean, shift, sigma, grid)
+    density = (gy * weight[..., None])[..., None] * gx[..., None, :]
+    score, position = (density * features.clamp(min=0)[:, :, None]).flatten(-2).max(-1)
+    return *_two_ways(features, mean, shift, sigma, weight, tau, grid), position, score
+
+
+def _dense(features: Tensor, mean: Tensor, shift: Tensor | None, sigma: Tensor, weight: Tensor, tau: Tensor, grid: Any) -> Any:
+    """Every density of every cell written out, one image at a time."""
+    arguments = zip(features, shift if shift is not None else [None] * len(features), weight, tau, strict=True)
+    images = (
+        graph_e_step(f[None], mean, None if s is None else s[None], sigma, w[None], t[None], grid, False)
+        for f, s, w, t in arguments
+    )
+    return [torch.cat(parts) for parts in zip(*images)][:4]
+
+
+def step_case(side: int, *, shifted: bool = True, lit: float = 1.0, argmax: bool = False) -> Case:
+    images, nodes = LAYERS[side]
+    plain = _largest if argmax else _two_ways
+    fused = compiled(plain)
+    kind = ("" if lit == 1 else f", {lit:.0%} lit") + ("" if shifted else ", no shift") + (", arg-max" if argmax else "")
+
+    def stock(function: Any) -> Any:
+        return lambda i: function(i.features, *i.nodes, i.grid)
+
+    others = {"bmm": stock(plain), "torch.compile": stock(fused)}
+    if not argmax:
+        others |= {"bmm, stacked": stock(_stacked), "dense": stock(_dense)}
+    return Case(
+        section="E-step",
+        name=f"{side}x{side}, {nodes} nodes of {CHANNELS} channels in {images} images{kind}",
+        inputs=lambda: _step_inputs(side, images, shifted, lit, argmax),
+        ours={
+            "conelens": lambda i: ops.graph_e_step(i.features, *i.nodes, grid=i.grid, argmax=argmax),
+            "conelens reused": lambda i: ops.graph_e_step(i.features, *i.nodes, grid=i.grid, argmax=argmax, out=i.out),
+        },
+        others=others,
+        read=lambda _, result: tuple(
+            x for x in result if x is not None and x.is_floating_point()
+        ),  # ties fall as rounding has it
+        floor=lambda i: Floor("flops", 6.0 * i.features[0, 0].numel() * i.weight.numel()),
+        tolerance=1e-5,
+        targets=(Target("conelens", 3.0, ("bmm", "bmm, stacked", "torch.compile")),)
+        if shifted and lit == 1 and not argmax
+        else (),
+        check_inputs=lambda: _step_inputs(side, 1, shifted, lit, argmax),
+        check_part=1 / images,
+    )
+
+
 def cases() -> list[Case]:
-    return [collapse_case(16, NODES), collapse_case(IMAGES, CANDIDATES), edge_case(kernel=False), edge_case(kernel=True)]
+    return [
+        collapse_case(16, NODES),
+        collapse_case(IMAGES, CANDIDATES),
+        edge_case(kernel=False),
+        edge_case(kernel=True),
+        *(step_case(side) for side in LAYERS),
+        *(step_case(side, argmax=True) for side in LAYERS),
+        *(step_case(side, lit=0.15) for side in LAYERS),
+        step_case(14, shifted=False),
+    ]

@@ -229,7 +229,8 @@ def takes_arrays(function: Callable[..., Any]) -> Callable[..., Any]:
         back = _to_array_like(first)
         if not isinstance(result, tuple):
             return back(result)
-        return type(result)(*[None if x is None else back(x) for x in result])
+        again: Callable[..., Any] = type(result)
+        return again(*[None if x is None else back(x) for x in result])
 
     return wrapper
 
