@@ -11,8 +11,9 @@ from torch import Tensor
 
 from conelens.errors import ArgumentError
 from conelens.explanatory.evaluate import Detector
-from conelens.explanatory.evaluate.localisation import Annotation, Localisation, localise
+from conelens.explanatory.evaluate.localisation import Annotation, Localisation, instances, localise
 from conelens.explanatory.evaluate.vote import Vote
+from conelens.landmarks import Landmarks
 
 SIZE = (90, 120)
 DIAGONAL = 150.0
@@ -91,6 +92,19 @@ def test_of_several_instances_the_nearest_counts() -> None:
     assert torch.equal(says.asked[0].points, points[[0, 5], 0].double())  # the first one is the annotation
     torch.testing.assert_close(found.distance[0, 0, 0, 1:5] * DIAGONAL, torch.tensor([20.0, 20, 5, 5]).double())
     assert found.inside[0, 0, 0, 1:5].tolist() == [0, 0, 1, 1]
+
+
+def test_instances_of_landmarks() -> None:
+    points, boxes = truth(5, hidden=(3,))
+    pair = torch.tensor([[0.0, 0, 10, 20], [30, 40, 50, 70]])
+    points[2, 1], boxes[2, 1] = torch.nan, torch.nan  # as the readers leave it where there are several
+    all_points, all_boxes = instances(Landmarks(PARTS, points, boxes, SIZE, {(2, 1): pair}))
+    assert all_points.shape == (5, 2, 2, 2) and all_boxes.shape == (5, 2, 2, 4)
+    assert all_points[2, 1].tolist() == [[5, 10], [40, 55]] and torch.equal(all_boxes[2, 1], pair)
+    torch.testing.assert_close(all_points[:2, :, 0], points[:2])
+    assert all_points[:2, :, 1].isnan().all() and points[2, 1].isnan().all()
+    single, _ = instances(Landmarks(PARTS, points, boxes, SIZE))
+    torch.testing.assert_close(single, points[:, :, None], equal_nan=True)
 
 
 def test_draws_are_seeded_different_and_have_the_part() -> None:

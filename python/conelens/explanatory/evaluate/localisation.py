@@ -16,6 +16,7 @@ from torch import Tensor
 
 from conelens.errors import ArgumentError
 from conelens.explanatory.evaluate.bootstrap import Interval, draws, interval
+from conelens.landmarks import Landmarks
 
 
 class Annotation(NamedTuple):
@@ -129,6 +130,7 @@ def localise(
     """Every method on every part, from the same ``shots`` annotated images, drawn ``repeats`` times.
 
     Tested are all other images that have the part. Of several instances in an annotated image the first is the annotation.
+    :func:`instances` gives the points and boxes of a data set.
 
     Args:
         methods: their ``locate`` answers for the N images in the same order as ``points``.
@@ -171,6 +173,17 @@ def localise(
                 within = ((found >= box[..., :2]) & (found <= box[..., 2:])).all(2).any(1)
                 inside[m, p, r, tested] = torch.where(box.isfinite().all(2).any(1), within.double(), torch.nan)
     return Localisation(tuple(m.name for m in methods), tuple(parts), annotated, distance, inside)
+
+
+def instances(landmarks: Landmarks) -> tuple[Tensor, Tensor]:
+    """``points`` [N,P,G,2] and ``boxes`` [N,P,G,4] for :func:`localise`, with every instance of the parts that an image has."""
+    most = max([1, *(len(boxes) for boxes in landmarks.several.values())])
+    points, boxes = (t[:, :, None].repeat(1, 1, most, 1) for t in (landmarks.points, landmarks.boxes))
+    points[:, :, 1:] = boxes[:, :, 1:] = torch.nan
+    for (image, part), found in landmarks.several.items():
+        boxes[image, part, : len(found)] = found
+        points[image, part, : len(found)] = found.unflatten(1, (2, 2)).mean(1)
+    return points, boxes
 
 
 def _draw(present: Tensor, parts: Sequence[str], shots: int, repeats: int, seed: int) -> Tensor:
