@@ -15,7 +15,7 @@ from conelens.errors import ArgumentError
 from conelens.explanatory.evaluate.bootstrap import Interval, interval, resampled_instability
 from conelens.explanatory.evaluate.detectors import Detector, constant_position, raw_filters, without_evidence
 from conelens.explanatory.evaluate.instability import RELEASE_NODES, instability
-from conelens.explanatory.evaluate.localisation import Localisation, Method, localise
+from conelens.explanatory.evaluate.localisation import Localisation, Method, instances, localise
 from conelens.explanatory.evaluate.localisation_baselines import (
     GlobalRidge,
     ImageCentre,
@@ -291,7 +291,7 @@ def _localisation(
             _named(NearestNeighbour(features[layer], pooled=True), layer),
             _named(GlobalRidge(features[layer], size), layer),
         ]
-    result = localise(methods, landmarks.points, landmarks.boxes, landmarks.names, size, repeats=repeats, seed=seed)
+    result = localise(methods, *instances(landmarks), landmarks.names, size, repeats=repeats, seed=seed)
     if progress is not None:
         progress(f"{crops.title}: localisation", 1, 1)
     return [_localisation_table(crops.title, result, found.name, resamples, seed)]
