@@ -1,4 +1,4 @@
-"""GPU rows of the explanatory graph's collapse of parents and edge scores, at the sizes of a VGG-16 layer on CUB."""
+"""GPU rows of the explanatory graph's operations, at the sizes of VGG-16 layers on CUB."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from benchmarks.gpu_measure import Machine, Row, compare, compiled
 from conelens import ops
 
 EXPONENTIALS = 3.7e9  # per ms: 16 per multiprocessor and clock on an H200
+Grid = tuple[float, float, float, float]
 FLOAT32 = 5.9e10  # operations per ms of float32 without tensor cores
 
 
@@ -72,3 +73,43 @@ def edges(machine: Machine) -> Iterator[Row]:
         {"compile": compiled(broadcast, *args, -0.5 / bandwidth)},
         1e-5,
     )
+
+
+def two_ways(
+    features: Tensor, mean: Tensor, shift: Tensor, sigma: Tensor, weight: Tensor, tau: float, grid: Grid
+) -> tuple[Tensor, Tensor]:
+    """The separable E-step in matrix products -> second moment, log-likelihood."""
+    centre, scale = mean + shift, (-0.5 / sigma.square())[..., None]
+    y, x = (grid[a] + grid[2 + a] * torch.arange(features.shape[2 + a], device=features.device) for a in (0, 1))
+    dy, dx = y - centre[..., 0, None], x - centre[..., 1, None]
+    row, column = torch.exp(dy.square() * scale) * weight[..., None], torch.exp(dx.square() * scale)
+    activity, total = features.clamp(min=0), row.mT @ column + tau
+    evidence = activity / total
+    moments = (column @ evidence.mT * row * dy.square()).sum(-1) + (row @ evidence * column * dx.square()).sum(-1)
+    return moments, (activity * total.log()).sum((2, 3))
+
+
+def e_step_row(machine: Machine, side: int, nodes: int, argmax: bool, images: int = 64, channels: int = 512) -> Row:
+    shape, stride = (images, channels, nodes), 224 / side
+    features, weight = torch.rand(images, channels, side, side, device="cuda"), torch.rand(shape, device="cuda")
+    mean, shift = 224 * torch.rand(channels, nodes, 2, device="cuda"), 16 * torch.randn(*shape, 2, device="cuda")
+    sigma, grid = 0.15 * 224 * (0.5 + torch.rand(channels, nodes, device="cuda")), (stride / 2, stride / 2, stride, stride)
+    args = (features, mean, shift, sigma, weight, 0.1)
+    out = tuple(x for x in ops.graph_e_step(*args, grid=grid, argmax=argmax) if x is not None)
+    moved = sum(x.nbytes for x in (features, shift, weight, *out)) / machine.copy
+    products = 6.0 * features[0, 0].numel() * weight.numel() / FLOAT32
+    fused = torch.compile(two_ways, dynamic=False)
+    promised = {14: 0.8, 28: 5.0}[side] * (2 if argmax else 1) * images / 1000
+    return compare(
+        Row("graph", f"E-step {side}x{side}, {nodes} nodes, {images} images{' arg-max' * argmax}", floor=max(moved, products),
+            target=f"<= {promised:.2f} ms"),
+        {"ours": lambda: ops.graph_e_step(*args, grid=grid, argmax=argmax, out=out).second},
+        {"products": lambda: two_ways(*args, grid)[0], "compile": lambda: fused(*args, grid)[0]},
+        1e-5,
+    )  # fmt: skip
+
+
+def e_steps(machine: Machine) -> Iterator[Row]:
+    for argmax in (False, True):
+        for side, nodes in ((14, 20), (28, 40)):
+            yield e_step_row(machine, side, nodes, argmax)

@@ -231,6 +231,7 @@ SECTIONS = (
     peaks,
     windows,
     relus,
+    gpu_graph.e_steps,
     gpu_graph.collapses,
     gpu_graph.edges,
 )

@@ -6,8 +6,8 @@
 namespace conelens {
 namespace {  // internal linkage: each ISA's objects keep their own copy
 
-// One channel of one image, and the tables of its nodes. Nodes and columns are padded to whole vectors. Only the
-// box of lit cells is filled in.
+// One channel of one image, and the tables of its nodes. Nodes and columns are padded to whole vectors. Only
+// the box of lit cells is filled in.
 template <class T>
 struct Channel {
   int64_t nodes, padded_nodes, width, padded_width;
@@ -101,7 +101,8 @@ T find_evidence(const Channel<T>& c) {
 // body(x) for the columns in which these rows have a lit cell
 template <class T, class Body>
 CONELENS_INLINE void over_lit_columns(const Channel<T>& c, int64_t y, int64_t rows, const Body& body) {
-  for (int64_t word = c.left / 64; word * 64 < c.right; ++word)
+  const int64_t right = c.right;
+  for (int64_t word = c.left / 64; word * 64 < right; ++word)
     for (uint64_t bits = c.lit_columns(y, rows, word); bits; bits &= bits - 1)
       body(word * 64 + __builtin_ctzll(bits));
 }
@@ -114,26 +115,28 @@ struct Moments {
 
 // The rows' part of mass and of the moments along y; what they add to the columns goes below.
 template <class V, int count, class T>
-void moments_of_rows(const Channel<T>& c, int64_t y, int64_t k, Moments<V>& sum) {
+void moments_of_rows(const Channel<T>& c, int64_t y, int64_t k, Moments<V>& moments) {
+  // copies, as the compiler has to expect that stores change what c says
+  const int64_t nodes = c.padded_nodes, width = c.padded_width;
+  const T *columns = c.columns + k, *evidence = c.evidence + y * width;
+  T* below = c.below + k;
   V row[count], along[count] = {};
-  for (int i = 0; i < count; ++i) row[i] = load_vec<V>(c.weighted + (y + i) * c.padded_nodes + k);
+  for (int i = 0; i < count; ++i) row[i] = load_vec<V>(c.weighted + (y + i) * nodes + k);
   over_lit_columns(c, y, count, [&](int64_t x) CONELENS_INLINE_LAMBDA {
-    const T* evidence = c.evidence + y * c.padded_width + x;
-    T* to = c.below + x * c.padded_nodes + k;
-    const V column = load_vec<V>(c.columns + x * c.padded_nodes + k);
-    V below = load_vec<V>(to);
+    const V column = load_vec<V>(columns + x * nodes);
+    V sum = load_vec<V>(below + x * nodes);
     for (int i = 0; i < count; ++i) {
-      const V here = all_lanes<V>(evidence[i * c.padded_width]);
+      const V here = all_lanes<V>(evidence[i * width + x]);
       along[i] = multiply_add<V>(here, column, along[i]);
-      below = multiply_add<V>(here, row[i], below);
+      sum = multiply_add<V>(here, row[i], sum);
     }
-    store_vec(to, below);
+    store_vec(below + x * nodes, sum);
   });
   const V mean = load_vec<V>(c.mean[0] + k);
   for (int i = 0; i < count; ++i) {
     const V off = c.coordinate(0, y + i) - mean, owned = along[i] * row[i], moment = owned * off;
-    sum.mass += owned, sum.first += moment;
-    sum.second = multiply_add<V>(moment, off, sum.second);
+    moments.mass += owned, moments.first += moment;
+    moments.second = multiply_add<V>(moment, off, moments.second);
   }
 }
 
