@@ -1,4 +1,4 @@
-"""graph_e_step against plain loops, scikit-learn and SciPy, and its rules."""
+"""graph_e_step against plain loops and SciPy, and its rules."""
 
 from __future__ import annotations
 
@@ -131,29 +131,23 @@ def test_every_dtype_on_every_instruction_set(dtype: torch.dtype, isa: str) -> N
             assert b is found[4] or b is found[5] or torch.equal(a, b), "the arg-max changes other results"
 
 
-def test_responsibilities_of_scikit_learn() -> None:
-    """The noise as a component of its own: a Gaussian as wide as the world."""
-    mixture = pytest.importorskip("sklearn.mixture", reason="needs scikit-learn")
+def test_responsibilities_of_scipys_normal_densities() -> None:
+    """Each node a bivariate normal of prior weight * 2 pi sigma^2, Bayes' rule against them and the noise."""
+    stats = pytest.importorskip("scipy.stats", reason="needs SciPy")
     given = inputs(1, 1, 6, 8, 3, shifted=False, lit=1.0)
-    far, nodes = 1e7, 3
-    sigma, weight = given["sigma"][0].numpy(), given["weight"][0, 0].numpy()
-    model = mixture.GaussianMixture(nodes + 1, covariance_type="spherical")
-    tau = float(given["tau"][0])
-    heights = np.append(weight * 2 * math.pi * sigma**2, tau * 2 * math.pi * far**2)
-    model.weights_, model.means_ = heights / heights.sum(), np.vstack([given["mean"][0].numpy(), [0.0, 0.0]])
-    model.covariances_ = np.append(sigma, far) ** 2
-    model.precisions_cholesky_ = 1 / np.sqrt(model.covariances_)
+    mean, sigma, weight = (given[name].numpy().reshape(3, -1) for name in ("mean", "sigma", "weight"))
     y, x = np.indices((6, 8)).reshape(2, -1)
     cells = np.stack([GRID[0] + GRID[2] * y, GRID[1] + GRID[3] * x], 1)
+    priors = (weight * 2 * math.pi * sigma**2)[:, 0]
+    density = np.stack([stats.multivariate_normal(m, s[0] ** 2 * np.eye(2)).pdf(cells) for m, s in zip(mean, sigma)], 1)
+    joint = priors * density
     activity = given["features"].clamp(min=0).flatten().numpy()
-    share = model.predict_proba(cells)[:, :nodes] * activity[:, None]
-    off = cells[:, None] - given["mean"][0].numpy()
+    share = activity[:, None] * joint / (joint.sum(1) + float(given["tau"][0]))[:, None]
+    off = cells[:, None] - mean
     found = run(given)
-    np.testing.assert_allclose(found.mass[0, 0], share.sum(0), rtol=1e-8)
-    np.testing.assert_allclose(found.first[0, 0], np.einsum("ck,cka->ka", share, off), rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(found.second[0, 0], np.einsum("ck,cka->k", share, off**2), rtol=1e-8)
-    expected = (activity * (model.score_samples(cells) + math.log(heights.sum()))).sum()
-    np.testing.assert_allclose(found.log_likelihood[0, 0], expected, rtol=1e-8)
+    np.testing.assert_allclose(found.mass[0, 0], share.sum(0), rtol=1e-11)
+    np.testing.assert_allclose(found.first[0, 0], np.einsum("ck,cka->ka", share, off), rtol=1e-9)
+    np.testing.assert_allclose(found.second[0, 0], np.einsum("ck,cka->k", share, off**2), rtol=1e-11)
 
 
 def test_log_likelihood_of_scipy() -> None:
