@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from conelens import ops
+from conelens import files, ops
 from conelens.checked import CheckedImages, warn_skipped
 from conelens.data import ImageDataset, iter_batches
-from conelens.errors import ArgumentError, CheckpointError
+from conelens.errors import ArgumentError
 from conelens.execution import exact_dtype, forward_whole
 from conelens.network import Network
 
 DISTINCT = ("image", "none")
 EMPTY = -1
+_FORMAT = "conelens.PeakTable 1"
 _FIELDS = ("value", "image", "y", "x")
 
 
@@ -131,43 +131,27 @@ class PeakTable:
 
     def save(self, path: str | Path) -> None:
         """Write the table as safetensors; the old file stays whole until the new one is complete. OSError says why not."""
-        from safetensors.numpy import save
-
-        arrays = {f"{name}\n{f}": np.ascontiguousarray(getattr(p, f)) for name, p in self.layers.items() for f in _FIELDS}
+        arrays = {f"{name}\n{f}": getattr(p, f) for name, p in self.layers.items() for f in _FIELDS}
+        tensors = {key: torch.tensor(np.ascontiguousarray(array)) for key, array in arrays.items()}
         about = {
-            "format": "conelens.PeakTable 1",
+            "format": _FORMAT,
             "k": str(self.k),
             "distinct": self.distinct,
             "seen": str(self.seen),
             "source": self.source,
         }
-        target = Path(path)
-        part = target.with_name(target.name + ".part")
-        try:
-            # not save_file, which makes the file unreadable to others and hides why it cannot be written
-            part.write_bytes(save(arrays, {"conelens": json.dumps(about), "layers": json.dumps(list(self.layers))}))
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
+        files.write_tensors(Path(path), tensors, {"conelens": about, "layers": list(self.layers)})
 
     @classmethod
     def load(cls, path: str | Path) -> PeakTable:
         """Read a table that :meth:`save` wrote; CheckpointError when it is none."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "numpy") as file:
-                metadata = file.metadata() or {}
-                about = json.loads(metadata["conelens"])
-                layers = {
-                    name: LayerPeaks(*(file.get_tensor(f"{name}\n{f}") for f in _FIELDS))
-                    for name in json.loads(metadata["layers"])
-                }
-                if about["format"] != "conelens.PeakTable 1" or about["distinct"] not in DISTINCT:
-                    raise KeyError(about["format"])
-                return cls(layers, int(about["k"]), about["distinct"], int(about["seen"]), about.get("source", ""))
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
-            raise CheckpointError(f"{path}: no peak table that this version can read ({error})") from error
+        with files.reading(path, "peak table"):
+            tensors, (about, names) = files.read_tensors(path, _FORMAT, "conelens", "layers")
+            # copied, so that whoever overwrites the file does not change the table
+            layers = {name: LayerPeaks(*(tensors[f"{name}\n{f}"].numpy().copy() for f in _FIELDS)) for name in names}
+            if about["distinct"] not in DISTINCT:
+                raise ValueError(f"distinct is {about['distinct']!r}")
+            return cls(layers, int(about["k"]), about["distinct"], int(about["seen"]), about.get("source", ""))
 
 
 class Interrupted(KeyboardInterrupt):

@@ -7,7 +7,6 @@ thousand photographs and a few minutes on two cores give blurred pictures, of wh
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import warnings
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from conelens import files
 from conelens.errors import ArgumentError, CheckpointError
 from conelens.explanatory.painting import SLOPE, Recipe, doublings, layout_of, paint
 
@@ -178,15 +178,13 @@ class Decoder:
     @classmethod
     def load(cls, path: str | Path) -> Decoder:
         """Read what :meth:`save` wrote; CheckpointError when it is something else, or broken."""
-        weights, about = _read(Path(path))
-        try:
+        with files.reading(path, "decoder"):
+            weights, (about,) = files.read_tensors(path, FORMAT, "conelens")
             recipe = Recipe(**about["recipe"])
             depth, height, width = (int(n) for n in about["shape"])
             shape = (depth, height, width)
             errors = None if about["errors"] is None else Errors(*map(float, about["errors"]))
             layer, steps = str(about["layer"]), int(about["steps"])
-        except (KeyError, TypeError, ValueError, ArgumentError) as error:
-            raise CheckpointError(f"{path}: no decoder that this version can read ({error!r})") from error
         return cls(layer, shape, recipe, _checked(path, weights, layout_of(shape, recipe)), steps, errors)
 
 
@@ -312,7 +310,8 @@ def _resume(file: Path, about: dict[str, Any]) -> _State | None:
     """The state kept in ``file``; None where there is none yet."""
     if not file.exists():
         return None
-    tensors, theirs = _read(file)
+    with files.reading(file, "decoder"):
+        tensors, (theirs,) = files.read_tensors(file, FORMAT, "conelens")
     differing = [key for key in ("layer", "shape", "recipe", "data") if theirs.get(key) != about[key]]
     if differing:
         raise CheckpointError(f"{file}: made with other {', '.join(differing)}; choose another folder, or remove that file")
@@ -329,28 +328,8 @@ def _resume(file: Path, about: dict[str, Any]) -> _State | None:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-    from safetensors.torch import save
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_bytes(save({name: value.contiguous() for name, value in tensors.items()}, {"conelens": json.dumps(about)}))
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {})["conelens"])
-            if not isinstance(about, dict) or about.get("format") != FORMAT:
-                raise ValueError(f"wanted {FORMAT}")
-            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 (no mapping)
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path}: no decoder that this version can read ({error})") from error
+    files.write_tensors(path, tensors, {"conelens": about})
 
 
 def _checked(path: str | Path, weights: dict[str, Tensor], layout: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conelens.errors import CheckpointError
+from conelens import files
 from conelens.explanatory.features import Grid
 from conelens.explanatory.layer import GraphLayer
 
@@ -21,8 +20,6 @@ FILE = "graph.safetensors"
 
 def write(folder: str | Path, layers: dict[str, GraphLayer], scale: dict[str, Tensor], settings: dict[str, Any]) -> None:
     """Write ``graph.safetensors``, and ``graph.json``, for people to read; the old ones stay until both are complete."""
-    from safetensors.torch import save
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"scale\n{name}": sigma for name, sigma in scale.items()}
@@ -31,38 +28,20 @@ def write(folder: str | Path, layers: dict[str, GraphLayer], scale: dict[str, Te
         values = {f.name: getattr(layer, f.name) for f in fields(layer)}
         tensors |= {f"{key}\n{name}": value for key, value in values.items() if isinstance(value, Tensor)}
         about["layers"][name] = {"grid": layer.grid, "mean_score": layer.mean_score, "history": layer.history}
-    text = json.dumps(about, indent=1)
-    parts = folder / "graph.json.part", folder / (FILE + ".part")
-    try:
-        # not save_file, which makes the file unreadable to others and hides why it cannot be written
-        held = save({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}, {"graph": text})
-        parts[0].write_text(text, encoding="utf-8")
-        parts[1].write_bytes(held)
-        for part in parts:
-            part.replace(part.with_suffix(""))
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
+    tensors = {key: value.clone() for key, value in tensors.items()}  # some may be one tensor
+    files.write_tensors(folder / FILE, tensors, {"graph": about}, readable="graph")
 
 
 def read(folder: str | Path) -> tuple[dict[str, GraphLayer], dict[str, Tensor], dict[str, Any]]:
     """(layers, scale, settings) of what :func:`write` wrote; CheckpointError when it is no graph, or not a whole one."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(Path(folder) / FILE, "pt") as file:
-            about = json.loads((file.metadata() or {})["graph"])
-            if about["format"] != FORMAT:
-                raise KeyError(about["format"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not iterable itself
+    with files.reading(folder, "explanatory graph"):
+        tensors, (about,) = files.read_tensors(Path(folder) / FILE, FORMAT, "graph")
         layers = {name: _layer(name, held, tensors) for name, held in about["layers"].items()}
         scale = {key.split("\n")[1]: value for key, value in tensors.items() if key.startswith("scale\n")}
         names = about["settings"]["layers"]
         if set(scale) != set(names) or not set(layers) <= set(names):
             raise ValueError("its layers do not fit its settings")
         _check_edges([layers[name] for name in names if name in layers])
-    except (SafetensorError, KeyError, ValueError, TypeError, IndexError, OSError) as error:
-        raise CheckpointError(f"{folder}: no explanatory graph that this version can read ({error})") from error
     return layers, scale, about["settings"]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from conelens.errors import ArgumentError, CheckpointError, LayerError
+from conelens import files
+from conelens.errors import ArgumentError, LayerError
 from conelens.occlusion.windows import Windows
 
 FORMAT = "conelens.Sweep 1"
+FILE = "sweep.safetensors"
 
 
 @dataclass(eq=False)
@@ -199,39 +200,20 @@ class Sweep:
 
         :meth:`load` reads the first alone, so that no interruption leaves two halves of different sweeps.
         """
-        from safetensors.torch import save
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {"outputs": self.outputs, "clean": self.clean, "done": self.done}
         for name, activity in self.activity.items():
             tensors |= {f"activity\n{name}\n{field.name}": getattr(activity, field.name) for field in fields(activity)}
         windows = {f.name: np.asarray(getattr(self.windows, f.name)).tolist() for f in fields(self.windows)}
-        about = json.dumps({"format": FORMAT, "classifier": self.classifier, "windows": windows, "about": self.about}, indent=1)
-        parts = folder / "sweep.json.part", folder / "sweep.safetensors.part"
-        try:
-            # not save_file, which makes the file unreadable to others and hides why it cannot be written
-            held = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, {"sweep": about})
-            parts[0].write_text(about, encoding="utf-8")
-            parts[1].write_bytes(held)
-            for part in parts:
-                part.replace(part.with_suffix(""))
-        finally:
-            for part in parts:
-                part.unlink(missing_ok=True)
+        about = {"format": FORMAT, "classifier": self.classifier, "windows": windows, "about": self.about}
+        files.write_tensors(folder / FILE, tensors, {"sweep": about}, readable="sweep")
 
     @classmethod
     def load(cls, folder: str | Path) -> Sweep:
         """Read what :meth:`save` wrote; CheckpointError when it is no sweep."""
-        from safetensors import SafetensorError, safe_open
-
-        folder = Path(folder)
-        try:
-            with safe_open(folder / "sweep.safetensors", "pt") as file:
-                about = json.loads((file.metadata() or {})["sweep"])
-                if about["format"] != FORMAT:
-                    raise KeyError(about["format"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not iterable itself
+        with files.reading(folder, "sweep"):
+            tensors, (about,) = files.read_tensors(Path(folder) / FILE, FORMAT, "sweep")
             held = about["windows"]
             grid = [np.array(held[name], np.int64) for name in ("tops", "bottoms", "lefts", "rights")]
             names = {key.split("\n")[1] for key in tensors if key.startswith("activity\n")}
@@ -246,8 +228,6 @@ class Sweep:
             )
             if sweep.done.shape != (len(sweep.clean), *windows.shape) or sweep.outputs.shape[:3] != sweep.done.shape:
                 raise ValueError("its tensors do not fit its grid")
-        except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
-            raise CheckpointError(f"{folder}: no sweep that this version can read ({error})") from error
         return sweep
 
 
