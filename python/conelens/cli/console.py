@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from conelens.errors import ArgumentError, ConelensError, LayerError
+from conelens.files import replacing
 
 OUT = Console(soft_wrap=True, highlight=False)
 ERR = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -131,14 +132,10 @@ def writing(target: Path, option: str = "--out") -> Iterator[None]:
 
 def write_whole(path: Path, content: bytes, option: str = "--out") -> None:
     """Write a file; the old one stays until the new one is complete."""
-    part = path.with_name(path.name + ".part")
     with writing(path, option):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with replacing(path) as (part,):
             part.write_bytes(content)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def writable(folder: Path, option: str = "--out") -> None:

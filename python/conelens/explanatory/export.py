@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape, quoteattr
 
 from conelens.errors import ArgumentError, ConelensError
+from conelens.files import replacing
 
 if TYPE_CHECKING:
     from conelens.explanatory.graph import ExplanatoryGraph
@@ -53,13 +54,8 @@ def write_graphml(graph: ExplanatoryGraph, path: str | Path) -> Path:
     The text streams to disk (some 130 bytes an edge); an old file stays whole until the new one is complete.
     """
     target = Path(path)
-    part = target.with_name(target.name + ".part")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.writelines(_graphml(graph))
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(target) as (part,), part.open("w", encoding="utf-8") as file:
+        file.writelines(_graphml(graph))
     return target
 
 
