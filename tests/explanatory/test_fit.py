@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy.optimize import minimize
 from sklearn.mixture import GaussianMixture
+from torch import nn
 
 import conelens
 from conelens.errors import ArgumentError
@@ -16,7 +17,7 @@ from conelens.explanatory.features import Features, Grid
 from conelens.explanatory.fit import LayerFit, choose_candidates, first_layer_state
 from conelens.explanatory.graph import ExplanatoryGraph
 from conelens.explanatory.layer import GraphLayer, Parents, Placement
-from conelens.explanatory.rules import FORMS, Rules
+from conelens.explanatory.rules import FORMS, Rules, preset_layers
 from conelens.explanatory.statistics import Summary
 from tests.kit.planted import LOWER, UPPER, PlantedNet, planted
 
@@ -292,3 +293,48 @@ def test_presets_and_orders(scene: tuple[conelens.Network, torch.Tensor, torch.T
         ExplanatoryGraph.fit(net, images, [UPPER], 577)
     with pytest.raises(ArgumentError, match="got 3 numbers for 1 layers"):
         ExplanatoryGraph.fit(net, images, [UPPER], [1, 2, 3])
+    with pytest.raises(ArgumentError, match="wanted each layer once"):
+        ExplanatoryGraph.fit(net, images, [UPPER, UPPER])
+    with pytest.raises(ArgumentError, match="'lower' is not computed from 'upper'"):
+        ExplanatoryGraph.fit(net, Features.extract(net, images, [UPPER, LOWER]))
+
+
+def test_the_preset_of_a_resnet_reads_what_its_relus_read() -> None:
+    """A convolution in front of a batch norm says nothing of what fires."""
+    steps = [(3, 128, 8), (128, 256, 2), (256, 512, 2)]
+    parts = [part for a, b, s in steps for part in (nn.Conv2d(a, b, s, stride=s, bias=False), nn.BatchNorm2d(b), nn.ReLU())]
+    assert preset_layers(conelens.trace(nn.Sequential(*parts).eval(), (3, 224, 224))) == ["1", "4", "7"]
+    plain = [part for part in parts if not isinstance(part, nn.BatchNorm2d)]
+    assert preset_layers(conelens.trace(nn.Sequential(*plain).eval(), (3, 224, 224))) == ["0", "2", "4"]
+
+
+@pytest.mark.parametrize("wrong", [{"weight": "agrement"}, {"pool": 0}, {"still": 1.0}, {"noise": float("nan")}])
+def test_rules_that_do_not_exist_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ArgumentError, match=f"{next(iter(wrong))}.*: got"):
+        Rules(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("edges", ["likelihood", "kernel"])
+def test_every_criterion_goes_with_every_order(edges: str) -> None:
+    layer, features, parents = noisy()
+    chosen = []
+    for first in (False, True):
+        one = replace(layer, history=[])
+        fit = LayerFit(one, features, Rules(edges=edges, edges_first=first), 3, parents)
+        fit.update(fit.statistics(), 1)
+        assert one.edges is not None
+        chosen.append(one.edges)
+    assert torch.equal(*chosen) == (edges == "kernel")
+
+
+def test_a_damped_step_is_damped_by_the_spread_of_its_own_inference() -> None:
+    """Steps of the release (§2.4): offset (sigma~_min / sigma~)^2 t^(-1/2), all of it of one E-step."""
+    layer, features, parents = noisy()
+    fit = LayerFit(layer, features, FORMS["release"], 3, parents)
+    for iteration in (1, 2, 3):
+        before, sigma = layer.mean.clone(), layer.prior_sigma.clone()
+        total = fit.statistics()
+        fit.update(total, iteration)
+        offset = (total.residual / total.mass[:, None]).view(before.shape)
+        share = (sigma.min() / sigma).square() / iteration**0.5
+        torch.testing.assert_close(layer.mean, before + share[..., None] * offset, rtol=1e-12, atol=1e-12)

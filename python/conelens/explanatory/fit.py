@@ -123,11 +123,13 @@ class LayerFit:
 
     def update(self, total: Statistics, iteration: int) -> None:
         """The M-step: means move, spreads are estimated, parents are chosen anew. ``iteration`` counts from 1."""
-        if self.parents is not None and self.rules.edges_first:
-            self._choose_by_kernel(total)
         step = self.move(total, iteration)
-        if self.parents is not None and not self.rules.edges_first:
-            self._choose_by_likelihood(total, step)
+        if self.parents is None:
+            return
+        if self.rules.edges == "kernel":
+            self._choose_by_kernel(total)
+        else:
+            self._choose_by_likelihood(total, torch.zeros_like(step) if self.rules.edges_first else step)
 
     def move(self, total: Statistics, iteration: int) -> Tensor:
         """Means and spreads alone, at fixed parents: never lowers the likelihood. -> how far each mean went [V, 2]."""

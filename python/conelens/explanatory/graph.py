@@ -237,6 +237,8 @@ def _features(
             raise ArgumentError(
                 f"layers: got {', '.join(layers)}, but the features hold {', '.join(images.layers)}; leave layers out"
             )
+        if net is not None:
+            check_order(net, images.layers)
         return images
     if net is None:
         raise ArgumentError("net: got None, wanted conelens.trace(model, ...), or Features instead of images")
