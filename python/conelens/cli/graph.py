@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from conelens.cli import console
 from conelens.cli.console import OUT, guarded, say
@@ -65,7 +64,7 @@ def fit(
         forget(out)
     graph = job.run(out, weights, policy, batch_size, bound)
     say(escape(f"{graph}, edges per node: {edges}"))
-    say(f"written: {escape(str(out))}")
+    say(f"the graph is in {escape(str(out))}")
     say(f"next: conelens graph draw {escape(str(out))} {escape(str(images))}")
 
 
@@ -176,7 +175,7 @@ def evaluate(
         return
     study = job.run()
     for table in study.tables:
-        _show(table.title, table.header, table.rows, table.note)
+        OUT.print(f"{table}\n", markup=False)  # not a table of Rich's, which would cut columns to the terminal's width
     say(f"written: {escape(str(job.write(study, out)))}")
 
 
@@ -185,18 +184,4 @@ def _read_back(ratings: Sequence[Path], key: Path | None) -> None:
 
     if key is None:
         raise ArgumentError("--key is not given, wanted the file that was written beside the rated page")
-    table = ratings_table(ratings, key)
-    _show("", table.header, table.rows)
-
-
-def _show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
-    if title:
-        OUT.print(f"\n[bold]{escape(title)}[/]")
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in header:
-        table.add_column(escape(heading), no_wrap=True)
-    for row in rows:
-        table.add_row(*map(escape, row))
-    OUT.print(table)
-    if note:
-        OUT.print(note, markup=False)
+    OUT.print(str(ratings_table(ratings, key)), markup=False)

@@ -83,7 +83,7 @@ class DrawJob:
         others = [number for number in range(len(dataset)) if number not in shown]
         decoder = self._decoder(layer, features[layer][others], _frames(dataset, others), out)
         sheet = synthesis_sheet(dataset, synthesise(features, placements, decoder, images=shown))
-        text = _SYNTHESIS.format(layer=layer, decoder=str(decoder))
+        text = _SYNTHESIS.format(layer=layer, decoder=f"{decoder}".replace("decoder", "Decoder", 1))
         return Section("Synthesis", text, [Figure(f"synthesis_{safe_name(layer)}", sheet)])
 
     def _decoder(self, layer: str, maps: Tensor, frames: Tensor, out: Path) -> Decoder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,13 +15,14 @@ from conelens.cli import console
 from conelens.cli.graph_work import Fitted, readable
 from conelens.cli.work import write_report
 from conelens.data import Preprocess
-from conelens.errors import ArgumentError
+from conelens.errors import ArgumentError, DeadUnitWarning
 from conelens.explanatory.evaluate import Detector, Interval, raw_filters
 from conelens.explanatory.evaluate.sheet import SheetFiles, read_ratings, write_sheet
-from conelens.explanatory.evaluate.study import Study, evaluate
+from conelens.explanatory.evaluate.study import Study, Table, evaluate
 from conelens.landmarks import PartSet, animal_part, cub200, pascal_part
 from conelens.network import Network
-from conelens.report import Page, Section, Table, open_workbench
+from conelens.report import Page, Section, open_workbench
+from conelens.report import Table as PageTable
 
 FORMATS = ("animal-part", "cub", "pascal-part")
 _INTRO = (
@@ -74,7 +76,8 @@ class StudyJob:
 
     def run(self) -> Study:
         """Experiments 2 and 3: instability, purity, localisation, each with its controls."""
-        with console.stages() as report:
+        with console.stages() as report, warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeadUnitWarning)  # of the controls, which are learned here
             return evaluate(
                 self.fitted.bench.net, self.fitted.graph, self.parts, random_net=random_network(self.fitted, self.seed),
                 seed=self.seed, resamples=self.resamples, progress=report,
@@ -86,7 +89,7 @@ class StudyJob:
             study.save(out)
         page = Page(f"conelens: parts in the graph of {self.fitted.bench.model.name}", f"{len(self.parts)} images. {_INTRO}")
         for table in study.tables:
-            page.sections.append(Section(table.title, table.note, tables=[Table(table.header, table.rows)]))
+            page.sections.append(Section(table.title, table.note, tables=[PageTable(table.header, table.rows)]))
         return write_report(page, out)
 
     def sheet(self, out: Path, rows: int, batch_size: int) -> SheetFiles:
@@ -104,10 +107,11 @@ class StudyJob:
 def ratings_table(ratings: Sequence[Path], key: Path) -> Table:
     """Purity by people, from the files that the rating page saved."""
     found = read_ratings(ratings, key)
-    rows = [(name, told(value)) for name, value in (("nodes", found.nodes), ("filters", found.filters))]
-    return Table(("purity", "mean [95 %]"), [*rows, ("nodes - filters", told(found.difference))])
+    means = {"nodes": found.nodes, "filters": found.filters, "nodes minus filters": found.difference}
+    rows = [[name, f"{m.estimate:+.3f}" if "minus" in name else f"{m.estimate:.3f}", _bounds(m)] for name, m in means.items()]
+    note = f"{len(found.shares)} pairs of a node and its filter: share of a row's regions that show one part, mean over rows."
+    return Table("Purity, as people see it", ["detector", "purity", "95 %"], rows, note)
 
 
-def told(value: Interval) -> str:
-    """ "0.612 [0.550, 0.671]"."""
-    return f"{value.estimate:.3f} [{value.low:.3f}, {value.high:.3f}]"
+def _bounds(value: Interval) -> str:
+    return f"[{value.low:.3f}, {value.high:.3f}]"

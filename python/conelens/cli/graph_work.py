@@ -20,6 +20,7 @@ from conelens.data import ImageDataset, ImageFolder, Preprocess, iter_batches
 from conelens.errors import ArgumentError, CheckpointError, DataError
 from conelens.explanatory import ExplanatoryGraph, Features, FitInterrupted, Placement, grid_of, storage
 from conelens.explanatory.rules import check_order, nodes_for, preset_layers, rules_of
+from conelens.files import write_tensors
 from conelens.models import LoadedModel, load_model
 from conelens.network import Network
 from conelens.report import Workbench, open_workbench
@@ -271,13 +272,12 @@ def _require_weights(folder: Path, source: str, model: LoadedModel) -> None:
 # ----------------------------------------------------------------------------------------------------- infer
 def save_placements(path: Path, placements: Mapping[str, Placement], images: Sequence[Path], size: tuple[int, int]) -> None:
     """Write ``<layer>.positions`` [N,D,K,2] (y, x in pixels of the network's input), ``.scores`` and ``.activations`` [N,D,K],
-    float32, as safetensors; the names of the images stand in its metadata.
+    float32, as safetensors; what images these are stands in its metadata, as JSON under "conelens".
     """
-    from safetensors.torch import save
-
     tensors = {f"{name}.{key}": value for name, found in placements.items() for key, value in found._asdict().items()}
-    about = {"format": PLACEMENTS_FORMAT, "images": json.dumps([str(p) for p in images]), "input_size": json.dumps(size)}
-    console.write_whole(path, save({name: value.contiguous() for name, value in tensors.items()}, about))
+    about = {"format": PLACEMENTS_FORMAT, "images": [str(path) for path in images], "input_size": size}
+    with console.writing(path):
+        write_tensors(path, tensors, {"conelens": about})
 
 
 def strongest_nodes(

@@ -85,7 +85,9 @@ def graph_page(
     below_each = Counter(link.upper for link in whole.selection.links if link.upper in whole.selection.rows[0])
     for upper in [node for node, _ in below_each.most_common(2)] if root is None else [root]:
         below = draw_graph(graph, placements, dataset, root=upper, side=side)
-        drawings.append(_figure(f"below_{'_'.join(map(str, upper))}", below, f"What {upper} is made of."))
+        alone = len(below.selection.rows) == 1
+        told = f"{upper}: no node below has it as a parent." if alone else f"What {upper} is made of."
+        drawings.append(_figure(f"below_{'_'.join(map(str, upper))}", below, told))
     page.sections.append(Section("The graph", _DRAWN, drawings))
     for name in shown:
         best = rank_nodes(placements, name, nodes, per_filter=2)
