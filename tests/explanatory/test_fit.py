@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import reduce
+from operator import add
 
 import numpy as np
 import pytest
@@ -157,6 +159,60 @@ def test_statistics_of_parts_add_up_in_any_order(form: str) -> None:
     LayerFit(other, features, rules, 3, parents).update(merged, 2)
     torch.testing.assert_close(one.mean, other.mean)
     assert one.edges is not None and other.edges is not None and torch.equal(one.edges, other.edges)
+
+
+def over_workers(
+    features: Features, cuts: list[tuple[int, int]], counts: dict[str, int], edges: int, iterations: int, rules: Rules
+) -> list[dict[str, GraphLayer]]:
+    """A whole fit of which every worker sees but its own images; what is passed around are Statistics and Summaries."""
+    shards = [features.part(*cut) for cut in cuts]
+    learned: list[dict[str, GraphLayer]] = [{} for _ in cuts]
+    parents: list[Parents | None] = [None for _ in cuts]
+    for number, name in enumerate(features.layers[::-1]):
+        fits = []
+        for worker, (shard, (start, _)) in enumerate(zip(shards, cuts, strict=True)):
+            layer = first_layer_state(name, features.grids[name], features[name].shape[1], counts[name], 7919 * number)
+            learned[worker][name] = layer
+            fits.append(LayerFit(layer, shard[name], rules, edges, parents[worker], start))
+        for iteration in range(iterations):
+            total = reduce(add, [fit.statistics() for fit in fits])
+            for fit in fits:
+                fit.update(total, iteration + 1)
+        summary = reduce(add, [fit.summary() for fit in fits])
+        for worker, fit in enumerate(fits):
+            fit.finish(summary)
+            parents[worker] = fit.as_parents(choose_candidates(fit.layer, summary, rules, edges))
+    return learned
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+def test_workers_that_see_but_their_own_images_learn_the_same_graph(
+    scene: tuple[conelens.Network, torch.Tensor, torch.Tensor], form: str
+) -> None:
+    features = Features.extract(scene[0], scene[1][:20], [LOWER, UPPER], scale="channel")
+    whole = ExplanatoryGraph.fit(None, features, nodes_per_filter=[3, 5], edges=3, iterations=4, form=form)
+    workers = over_workers(features, [(13, 20), (0, 13), (20, 20)], {LOWER: 3, UPPER: 5}, 3, 4, FORMS[form])
+    for learned in workers:
+        for name, layer in whole.layers.items():
+            other = vars(learned[name])
+            for key, value in vars(layer).items():
+                if isinstance(value, torch.Tensor):
+                    torch.testing.assert_close(other[key], value, rtol=1e-4, atol=1e-4)
+                elif key in ("mean_score", "history"):
+                    assert other[key] == pytest.approx(value, rel=1e-5)
+
+
+def test_large_tables_are_worked_on_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for cells in (1 << 24, 17):
+        monkeypatch.setattr("conelens.explanatory.fit._TABLE_CELLS", cells)
+        layer, features, parents = noisy()
+        fit = LayerFit(layer, features, Rules(), 3, parents)
+        total = fit.statistics()
+        fit.update(total, 1)
+        results.append((total.squares, total.pull, layer.edges, layer.strength))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 def test_parents_are_those_under_which_displacements_are_most_likely() -> None:

@@ -13,9 +13,10 @@ from conelens.errors import DataError
 from conelens.explanatory.features import Grid
 from conelens.explanatory.layer import LEAST_MASS, TOP_SIGMA, Expected, Found, GraphLayer, Parents, Placement
 from conelens.explanatory.rules import Rules
-from conelens.explanatory.statistics import Statistics, Summary, nothing
+from conelens.explanatory.statistics import Statistics, Summary, nothing, nothing_of_parents
 
 _BLOCK_BYTES = 256 << 20
+_TABLE_CELLS = 1 << 24
 _BORDER = 0.1  # of the map: candidates whose mean position lies there are left out
 
 
@@ -27,6 +28,13 @@ def blocks(images: int, channels: int, nodes: int, cells: int) -> Iterator[tuple
         yield start, min(start + step, images)
 
 
+def _rows(nodes: int, candidates: int) -> Iterator[slice]:
+    """Nodes of which a table [V, U] is worked on at once."""
+    step = max(1, _TABLE_CELLS // max(1, candidates))
+    for start in range(0, nodes, step):
+        yield slice(start, min(start + step, nodes))
+
+
 def first_layer_state(name: str, grid: Grid, channels: int, nodes: int, seed: int) -> GraphLayer:
     """Nodes on distinct random cells of each filter's map, without parents."""
     cells = grid.size[0] * grid.size[1]
@@ -34,14 +42,17 @@ def first_layer_state(name: str, grid: Grid, channels: int, nodes: int, seed: in
     chosen = torch.rand(channels, cells, generator=generator).argsort(1)[:, :nodes]
     mean = grid.pixels(chosen)
     sigma = torch.full((channels, nodes), TOP_SIGMA * math.sqrt(cells) * grid.cell)
-    layer = GraphLayer(name, grid, mean, sigma, sigma.clone(), mean.clone())
+    layer = GraphLayer(name, grid, mean, sigma, sigma.clone(), mean.clone(), mean_score=0.0)
     layer.sigma = layer.sigma.clamp(*layer.least_sigma())
     return layer
 
 
 class LayerFit:
-    """A layer being learned from the images at hand. Over several workers: each makes one of its own images, all add the
-    ``statistics``, and everybody takes the same ``update``.
+    """A layer being learned from the images at hand.
+
+    Over several workers, each makes one of its own images and begins with the same layer. In every iteration all add their
+    ``statistics`` and everybody takes the same ``update``; then all add their ``summary``, everybody takes the same ``finish``
+    and :func:`choose_candidates`, and has ``as_parents`` what the layer below needs.
 
     Args:
         layer: its state; changed in place by :meth:`update`.
@@ -80,41 +91,49 @@ class LayerFit:
 
     def statistics(self) -> Statistics:
         """One E-step over the images at hand."""
-        total = nothing(self.layer.sigma.numel(), self.device)
-        by_kernel = self.rules.edges == "kernel" and self.parents is not None
-        for start, features, parents in self._blocks():
-            expected = self.layer.expect(self.rules, len(features), parents)
-            found = self.layer.find(features, expected, self.rules, argmax=by_kernel)
-            total = total + self._of_block(features, parents, expected, found, self.first_image + start)
+        nodes, parents, by_kernel = self.layer.sigma.numel(), self.parents, self.rules.edges == "kernel"
+        if parents is None or by_kernel:
+            total = nothing(nodes, self.device)
+        else:
+            total = nothing_of_parents(nodes, len(parents.nodes), parents.displacement)
+        for start, features, here in self._blocks():
+            expected = self.layer.expect(self.rules, len(features), here)
+            found = self.layer.find(features, expected, self.rules, argmax=by_kernel and here is not None)
+            self._add(total, found, self.first_image + start, features)
+            if here is not None:
+                self._add_displacements(total, expected, found, self.first_image + start, here)
         if not bool(torch.isfinite(total.mass).all()):
             raise DataError(f"layer {self.layer.name}: its features hold NaN or infinity, from which nothing can be learned")
         return total
 
-    def _of_block(
-        self, features: Tensor, parents: Parents | None, expected: Expected, found: Found, first_image: int
-    ) -> Statistics:
-        mass, residual, wide = found.mass.flatten(1), found.first.flatten(1, 2), torch.float64
-        part = Statistics(
-            mass.sum(0, dtype=wide),
-            residual.sum(0, dtype=wide),
-            found.second.flatten(1).sum(0, dtype=wide),
-            float(found.log_likelihood.sum(dtype=wide)),
-            self._activity(first_image, features),
-        )
-        if parents is None:
-            return part
+    def _add(self, total: Statistics, found: Found, first_image: int, features: Tensor) -> None:
+        wide = torch.float64
+        total.mass += found.mass.flatten(1).sum(0, dtype=wide)
+        total.residual += found.first.flatten(1, 2).sum(0, dtype=wide)
+        total.second += found.second.flatten(1).sum(0, dtype=wide)
+        total.likelihood += float(found.log_likelihood.sum(dtype=wide))
+        total.activity += self._activity(first_image, features)
+
+    def _add_displacements(
+        self, total: Statistics, expected: Expected, found: Found, first_image: int, parents: Parents
+    ) -> None:
+        """What the choice of parents needs."""
         if self.rules.edges == "kernel":
             assert found.positions is not None and found.scores is not None
-            part.seen = [(first_image, found.positions.flatten(1, 2), found.scores.flatten(1))]
-            return part
-        own = residual / mass.clamp(min=LEAST_MASS)[..., None]
+            total.seen.append((first_image, found.positions.flatten(1, 2), found.scores.flatten(1), parents.displacement))
+            return
+        assert total.moved is not None and total.spread is not None and total.squares is not None and total.pull is not None
+        mass = found.mass.flatten(1)
+        own = found.first.flatten(1, 2) / mass.clamp(min=LEAST_MASS)[..., None]
         if expected.shift is not None:
             own = own + expected.shift.flatten(1, 2)
         weighted = mass[..., None] * own
-        part.moved, part.spread = weighted.sum(0, dtype=wide), (weighted * own).sum((0, 2), dtype=wide)
-        part.squares = ops.edge_scores(own, mass, parents.displacement)
-        part.pull = torch.stack([mass.T @ parents.displacement[..., axis] for axis in (0, 1)], -1)
-        return part
+        total.moved += weighted.sum(0, dtype=torch.float64)
+        total.spread += (weighted * own).sum((0, 2), dtype=torch.float64)
+        for rows in _rows(*total.squares.shape):
+            total.squares[rows] += ops.edge_scores(own[:, rows], mass[:, rows], parents.displacement)
+            for axis in (0, 1):
+                total.pull[axis, rows].addmm_(mass[:, rows].T, parents.displacement[..., axis])
 
     def _activity(self, first_image: int, features: Tensor) -> float:
         if first_image not in self._known:
@@ -162,37 +181,39 @@ class LayerFit:
         assert total.moved is not None and total.spread is not None
         # displacements are counted from the means as they are now, not from where they were in the E-step
         moved, far = (step * total.moved).sum(-1), total.mass * step.square().sum(-1)
+        shorter, spread = far - 2 * moved, total.spread - 2 * moved + far
         real = total.squares.dtype
-        squares = total.squares + (far - 2 * moved).to(real)[:, None]
-        for axis in (0, 1):
-            squares.addcmul_(total.pull[..., axis], step[:, axis, None].to(real), value=2)
-        spread = (total.spread - 2 * moved + far).to(real)[:, None]
-        explained = 1 - squares / spread.clamp(min=LEAST_MASS)
         variance = self.parents.sigma.to(real).square()
-        score = squares.div_(total.mass.to(real).clamp(min=LEAST_MASS)[:, None]).div_(-2 * variance).sub_(variance.log())
-        self._take(score, explained, total.mass >= LEAST_MASS)
+        chosen = []
+        for rows in _rows(*total.squares.shape):
+            squares = total.squares[rows] + shorter[rows, None].to(real)
+            for axis in (0, 1):
+                squares.addcmul_(total.pull[axis, rows], step[rows, axis, None].to(real), value=2)
+            explained = 1 - squares / spread[rows, None].to(real).clamp(min=LEAST_MASS)
+            score = squares.div_(total.mass[rows, None].to(real).clamp(min=LEAST_MASS)).div_(-2 * variance).sub_(variance.log())
+            chosen.append(self._best(score, explained))
+        self._take(*map(torch.cat, zip(*chosen, strict=True)), total.mass >= LEAST_MASS)
 
     def _choose_by_kernel(self, total: Statistics) -> None:
         """The release's criterion (its §2.6): kernel consistency of relative displacements, from empirical mean positions."""
-        assert self.parents is not None
-        positions = torch.cat([part[1] for part in total.seen])
-        scores = torch.cat([part[2] for part in total.seen])
+        positions, scores, parent = (torch.cat(parts) for parts in list(zip(*total.seen, strict=True))[1:])
         own = positions - positions.mean(0)
-        parent = self.parents.displacement
-        if len(parent) != len(own):
-            raise ValueError("the kernel criterion wants all images in one place; use edges='likelihood' over several workers")
         together = (own * parent.mean(1)[:, None]).sum(-1).mean(0)
         distance = own.square().sum(-1).mean(0) + parent.square().sum(-1).mean() - 2 * together  # of all images and candidates
         kernel = ops.edge_scores(own.contiguous(), scores, parent, bandwidth=distance.clamp(min=1e-6))
         weight = scores.sum(0)
-        self._take(kernel, kernel / weight.clamp(min=1e-30)[:, None], weight > 0)
+        self._take(*self._best(kernel, kernel / weight.clamp(min=1e-30)[:, None]), weight > 0)
 
-    def _take(self, score: Tensor, strength: Tensor, alive: Tensor) -> None:
-        """The M best candidates of every node, best first. Nodes without any mass keep the parents they have."""
+    def _best(self, score: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
+        """The candidates with the M best scores, best first, and their strengths."""
+        best = score.topk(self.edges, dim=1).indices
+        return best, strength.gather(1, best)
+
+    def _take(self, best: Tensor, strength: Tensor, alive: Tensor) -> None:
+        """Candidates ``best`` [V, M] become parents. Nodes without any mass keep the parents they have."""
         assert self.parents is not None
         layer, count = self.layer, self.edges
-        best = score.topk(count, dim=1).indices
-        edges, strength = self.parents.nodes[best], strength.gather(1, best).to(layer.mean)
+        edges, strength = self.parents.nodes[best], strength.to(layer.mean)
         if layer.edges is not None and layer.strength is not None:
             edges = torch.where(alive[:, None], edges, layer.edges.view(-1, count))
             strength = torch.where(alive[:, None], strength, layer.strength.view(-1, count))
@@ -204,6 +225,26 @@ class LayerFit:
         """Where the nodes are, and are as parents, block by block, with the layer as it is now."""
         for _, features, parents in self._blocks():
             yield self.layer.place(features, parents, self.rules)
+
+    def summary(self) -> Summary:
+        """Where the nodes of the learned layer are found in the images at hand; sums over workers as statistics do."""
+        nobody = self.layer.mean.new_empty(0, self.layer.sigma.numel(), 2)
+        total = Summary.of(nobody, nobody[..., 0])
+        for placement, centres in self.places():
+            total = total + summarise(self.layer, centres, placement.scores)
+        return total
+
+    def finish(self, summary: Summary) -> None:
+        """Note of the learned layer what only all images together tell."""
+        self.layer.mean_score = float(summary.score.sum() / (summary.count * len(summary.score))) or 1.0
+        if self.rules.anchor == "empirical":
+            self.layer.anchor = mean_positions(self.layer, summary)
+
+    def as_parents(self, nodes: Tensor) -> Parents:
+        """The candidates ``nodes`` of the finished layer in the images at hand, for the layer below."""
+        positions = [self.layer.mean.new_empty(0, len(nodes), 2)]  # a worker may have no images
+        positions += [centres.flatten(1, 2)[:, nodes] for _, centres in self.places()]
+        return Parents.of(self.layer, nodes, torch.cat(positions))
 
 
 def choose_candidates(layer: GraphLayer, summary: Summary, rules: Rules, edges: int) -> Tensor:

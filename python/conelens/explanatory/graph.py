@@ -15,7 +15,7 @@ from conelens.data import ImageDataset
 from conelens.errors import ArgumentError, CheckpointError, DataError, DeadUnitWarning
 from conelens.explanatory import storage
 from conelens.explanatory.features import Features
-from conelens.explanatory.fit import LayerFit, blocks, choose_candidates, first_layer_state, mean_positions, summarise
+from conelens.explanatory.fit import LayerFit, blocks, choose_candidates, first_layer_state
 from conelens.explanatory.layer import GraphLayer, Parents, Placement
 from conelens.explanatory.rules import Rules, check_order, nodes_for, preset_layers, rules_of
 from conelens.network import Network
@@ -210,10 +210,10 @@ class ExplanatoryGraph:
 
     @property
     def complete(self) -> bool:
-        """Have all layers had all their iterations?"""
+        """Have all layers had all their iterations, and been finished?"""
         iterations = self.settings["iterations"]
         return list(self.layers) == self.settings["layers"] and all(
-            len(layer.history) == iterations for layer in self.layers.values()
+            len(layer.history) == iterations and layer.mean_score > 0 for layer in self.layers.values()
         )
 
 
@@ -345,12 +345,7 @@ def _learn(
 
 def _finish(fit: LayerFit, edges: int, last: bool) -> Parents | None:
     """Where the nodes of a learned layer are in its images, and which of them may become parents of the layer below."""
-    layer = fit.layer
-    summary = None
-    for placement, centres in fit.places():
-        part = summarise(layer, centres, placement.scores)
-        summary = part if summary is None else summary + part
-    assert summary is not None
+    layer, summary = fit.layer, fit.summary()
     silent = int((summary.score.view(layer.shape).sum(1) == 0).sum())
     if silent:
         warnings.warn(
@@ -358,11 +353,5 @@ def _finish(fit: LayerFit, edges: int, last: bool) -> Parents | None:
             DeadUnitWarning,
             stacklevel=2,
         )
-    layer.mean_score = float(summary.score.sum() / (summary.count * len(summary.score))) or 1.0
-    if fit.rules.anchor == "empirical":
-        layer.anchor = mean_positions(layer, summary)
-    if last:
-        return None
-    nodes = choose_candidates(layer, summary, fit.rules, edges)
-    positions = torch.cat([centres.flatten(1, 2)[:, nodes] for _, centres in fit.places()])
-    return Parents.of(layer, nodes, positions)
+    fit.finish(summary)
+    return None if last else fit.as_parents(choose_candidates(layer, summary, fit.rules, edges))

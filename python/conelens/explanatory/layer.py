@@ -63,7 +63,8 @@ class GraphLayer:
     anchor [D, K, 2]: position from which its displacement is measured.
     edges [D, K, M] int64 into the flattened D' * K' nodes of the layer above, strongest first; None in the top layer.
     strength [D, K, M]: share of the node's movement that the parent explains, at most 1 (the release's criterion: mean kernel).
-    mean_score: mean of all scores over the images it was fitted on; scores divided by it compare between layers.
+    mean_score: mean of all scores over the images it was fitted on; scores divided by it compare between layers;
+        0 while the layer is being learned.
     history: log-likelihood per unit of activity at each iteration.
     """
 

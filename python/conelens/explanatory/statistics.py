@@ -16,8 +16,9 @@ class Statistics:
     mass [V]: activity n owned by each node.  residual [V, 2]: sum of n (position - expected position), pixels.
     second [V]: sum of n |position - expected|^2.  likelihood: sum of F log P; activity: sum of F.
     moved [V, 2], spread [V]: sums of n d and n |d|^2 over images, d the node's displacement from its mean in an image.
-    squares [V, U], pull [V, U, 2]: sums of n |d - delta|^2 and n delta over the candidates' displacements delta.
-    seen: what the release's criterion needs of each image instead, (first image, positions [I, V, 2], scores [I, V]).
+    squares [V, U], pull [2, V, U]: sums of n |d - delta|^2 and n delta over the candidates' displacements delta.
+    seen: what the release's criterion needs of each image instead: (first image, positions [I, V, 2] and scores [I, V] of the
+        nodes, displacements [I, U, 2] of the candidates).
     """
 
     mass: Tensor
@@ -29,7 +30,7 @@ class Statistics:
     spread: Tensor | None = None
     squares: Tensor | None = None
     pull: Tensor | None = None
-    seen: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
+    seen: list[tuple[int, Tensor, Tensor, Tensor]] = field(default_factory=list)
 
     def __add__(self, other: Statistics) -> Statistics:
         if not isinstance(other, Statistics):
@@ -83,3 +84,11 @@ def nothing(nodes: int, device: torch.device) -> Statistics:
     """The neutral element."""
     zeros = torch.zeros(nodes, dtype=torch.float64, device=device)
     return Statistics(zeros, torch.zeros(nodes, 2, dtype=torch.float64, device=device), zeros.clone())
+
+
+def nothing_of_parents(nodes: int, candidates: int, like: Tensor) -> Statistics:
+    """The same with room for displacements."""
+    zeros = nothing(nodes, like.device)
+    zeros.moved, zeros.spread = zeros.residual.clone(), zeros.second.clone()
+    zeros.squares, zeros.pull = like.new_zeros(nodes, candidates), like.new_zeros(2, nodes, candidates)
+    return zeros
