@@ -61,8 +61,10 @@ def check_map(x: Any, name: str, dtypes: tuple[torch.dtype, ...] = FLOATS) -> No
         raise ArgumentError(f"{name} must be on the CPU or a CUDA device, got {x.device}")
 
 
-def check_like(tensor: Tensor, name: str, other: Tensor, other_name: str, *, shape: Sequence[int], dtype: torch.dtype) -> None:
-    """tensor has this shape and dtype and lies on other's device."""
+def check_like(tensor: Any, name: str, other: Tensor, other_name: str, *, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """tensor is one, has this shape and dtype and lies on other's device."""
+    if not isinstance(tensor, Tensor):
+        raise ArgumentError(f"{name} must be a tensor or a DLPack array, got {type(tensor).__name__}")
     if list(tensor.shape) != list(shape):
         raise ArgumentError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
     if tensor.dtype != dtype:
@@ -93,8 +95,6 @@ def refuse_missing_row(rows: Tensor, samples: int) -> None:
 def check_outs(outs: Sequence[tuple[str, Any, Sequence[int], torch.dtype]], like: Tensor, like_name: str) -> tuple[Tensor, ...]:
     """Each (name, tensor, shape, dtype) of an `out=` fits; -> the tensors."""
     for name, tensor, shape, dtype in outs:
-        if not isinstance(tensor, Tensor):
-            raise ArgumentError(f"{name} must be a tensor, got {type(tensor).__name__}")
         check_like(tensor, name, like, like_name, shape=shape, dtype=dtype)
         if not torch.compiler.is_compiling() and torch._debug_has_internal_overlap(tensor) == 1:
             raise ArgumentError(f"{name} has several cells in one place of memory; give one that is not expanded")

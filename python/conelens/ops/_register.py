@@ -78,6 +78,14 @@ class Operator:
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
         torch.library.register_autograd(f"conelens::{self.name}", backward, setup_context=setup_context, lib=LIBRARY)
 
+    def refuse_gradients(self) -> None:
+        """Let a backward pass raise, which torch would otherwise let through with a wrong gradient."""
+
+        def refuse(ctx: Any, *grads: Tensor) -> None:
+            raise NotImplementedError(f"{self.name} has no gradient: detach its results, or differentiate its reference")
+
+        self.register_autograd(refuse, lambda ctx, inputs, output: None)
+
     def __call__(self, *args: Any) -> Any:
         if not _watched() and not torch.is_grad_enabled() and _plain(args[0]):
             return self._run(*args)  # nobody records this call: spare the dispatcher's ten microseconds

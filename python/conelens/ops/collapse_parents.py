@@ -43,8 +43,6 @@ def collapse_parents(
     ArgumentError on the CPU and gives NaN on CUDA. Not differentiable. Raises ArgumentError for a wrong shape, dtype or device.
     """
     images, parents = check_displacement(displacement, "displacement", "[I,U,2]")
-    if not isinstance(sigma, Tensor):
-        raise ArgumentError(f"sigma must be a tensor or a DLPack array, got {type(sigma).__name__}")
     arguments.check_like(sigma, "sigma", displacement, "displacement", shape=(parents,), dtype=displacement.dtype)
     nodes = _check_edges(edges, displacement)
     if out is None:
@@ -73,15 +71,6 @@ def check_displacement(x: Any, name: str, axes: str) -> tuple[int, int]:
 def fresh(like: Tensor, *shape: int) -> Tensor:
     """A packed result; a large one on the CPU asks for huge pages."""
     return arguments.empty(shape, like.new_empty((1, 1, 1, 1)))
-
-
-def refuse_gradients(operator: Operator) -> None:
-    """Let a backward pass raise, which torch would otherwise let through with a wrong gradient."""
-
-    def refuse(ctx: Any, *grads: Tensor) -> None:
-        raise NotImplementedError(f"{operator.name} has no gradient: detach its arguments, or differentiate its reference")
-
-    operator.register_autograd(refuse, lambda ctx, inputs, output: None)
 
 
 def _check_edges(edges: Any, displacement: Tensor) -> int:
@@ -135,4 +124,4 @@ _OPERATOR = Operator(
     Implementations("collapse_parents", compiled=_compiled, reference=_reference),
     _fake,
 )
-refuse_gradients(_OPERATOR)
+_OPERATOR.refuse_gradients()

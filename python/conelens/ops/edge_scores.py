@@ -7,12 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from conelens._native import Native
-from conelens.errors import ArgumentError
 from conelens.kernels.edge_scores import reference
 from conelens.ops import _arguments as arguments
 from conelens.ops._dispatch import Implementations
 from conelens.ops._register import Operator
-from conelens.ops.collapse_parents import check_displacement, fresh, refuse_gradients
+from conelens.ops.collapse_parents import check_displacement, fresh
 
 _REFERENCE_CELLS = 1 << 25  # of images x nodes x parents at once
 
@@ -55,8 +54,6 @@ def _check(displacement: Any, weight: Any, parent: Any, bandwidth: Any) -> tuple
     if bandwidth is not None:
         wanted["bandwidth"] = (bandwidth, (nodes,))
     for name, (x, shape) in wanted.items():
-        if not isinstance(x, Tensor):
-            raise ArgumentError(f"{name} must be a tensor or a DLPack array, got {type(x).__name__}")
         arguments.check_like(x, name, displacement, "displacement", shape=shape, dtype=displacement.dtype)
     return nodes, parents
 
@@ -91,4 +88,4 @@ _OPERATOR = Operator(
     Implementations("edge_scores", compiled=_compiled, reference=_reference),
     _fake,
 )
-refuse_gradients(_OPERATOR)
+_OPERATOR.refuse_gradients()

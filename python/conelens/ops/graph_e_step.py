@@ -102,8 +102,6 @@ def _check_nodes(features: Tensor, mean: Any, shift: Any, sigma: Any, weight: An
     if shift is not None:
         tensors["shift"] = (shift, (images, channels, nodes, 2))
     for name, (x, shape) in tensors.items():
-        if not isinstance(x, Tensor):
-            raise ArgumentError(f"{name} must be a tensor {list(shape)}, got {type(x).__name__}")
         arguments.check_like(x, name, features, "features", shape=shape, dtype=_real(features))
     return tau
 
@@ -176,14 +174,4 @@ _OPERATOR = Operator(
     Implementations("graph_e_step", compiled=_compiled, reference=_reference),
     _fake,
 )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    pass
-
-
-def _backward(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError("graph_e_step has no gradient: detach its results, or differentiate its reference")
-
-
-_OPERATOR.register_autograd(_backward, _setup_context)
+_OPERATOR.refuse_gradients()
