@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import errno
+import functools
+import inspect
 import json
 import subprocess
 import sys
@@ -22,7 +24,8 @@ pytest.importorskip("rich")
 from conelens.cli import console
 from conelens.errors import ArgumentError
 from conelens.explanatory import ExplanatoryGraph
-from conelens.explanatory.decoder import CHECKPOINT
+from conelens.explanatory.decoder import CHECKPOINT, Recipe
+from conelens.explanatory.evaluate.study import Study, Table, evaluate
 from tests.explanatory.evaluate.test_sheet import rate
 from tests.kit.command import one_line_error, run
 
@@ -96,7 +99,7 @@ def enter(folder: Path, patch: pytest.MonkeyPatch) -> None:
 def network_input(path: Path) -> torch.Tensor:
     """The image stretched to 48 x 48, by ImageNet's recipe."""
     pixels = np.asarray(Image.open(path).convert("RGB").resize((48, 48), Image.Resampling.BILINEAR), np.float32) / 255
-    values = (pixels - np.float32([0.485, 0.456, 0.406])) / np.float32([0.229, 0.224, 0.225])
+    values = (pixels - np.array([0.485, 0.456, 0.406], np.float32)) / np.array([0.229, 0.224, 0.225], np.float32)
     return torch.from_numpy(values.transpose(2, 0, 1).copy())
 
 
@@ -106,7 +109,7 @@ def same(first: Path, second: Path) -> bool:
 
 # ------------------------------------------------------------------------------------------------------- fit
 def test_it_learns_what_the_library_learns_and_says_what_is_next(room: Path, tmp_path: Path) -> None:
-    import graph_nets  # type: ignore[import-not-found]
+    import graph_nets
 
     import conelens
 
@@ -315,13 +318,14 @@ def test_other_weights_than_those_of_the_fit_are_refused(room: Path, tmp_path: P
     moved = tmp_path / "graph"
     assert run(*FIT, "--weights", tmp_path / "mine.safetensors", "--out", moved).exit_code == 0
     (tmp_path / "mine.safetensors").rename(tmp_path / "moved.safetensors")
-    command = ("graph", "infer", moved, *command[3:])
-    one_line_error(run(*command), 2, "mine.safetensors", "say with --weights where they are")
-    assert run(*command, "--weights", tmp_path / "moved.safetensors").exit_code == 0
+    again = ("graph", "infer", moved, *command[3:])
+    one_line_error(run(*again), 2, "mine.safetensors", "say with --weights where they are")
+    assert run(*again, "--weights", tmp_path / "moved.safetensors").exit_code == 0
 
 
 # ------------------------------------------------------------------------------------------------------ draw
-def test_the_page_shows_graph_and_synthesis(room: Path, tmp_path: Path) -> None:
+def test_the_page_shows_graph_and_synthesis(room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("conelens.cli.graph_show.Recipe", functools.partial(Recipe, size=12, width=4))
     options = ("--nodes", "3", "--patches", "4", "--side", "20", "--root", "2/1/0", "--graphml")
     result = run("graph", "draw", "graph", "photos", "--out", tmp_path, *options, "--synthesis", "--steps", "2")
     assert result.exit_code == 0, result.output
@@ -338,7 +342,7 @@ def test_the_page_shows_graph_and_synthesis(room: Path, tmp_path: Path) -> None:
 
 
 def test_an_interrupted_decoder_goes_on(room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = ("graph", "draw", "graph", "photos", "--out", tmp_path, "--synthesis", "--steps", "3")
+    command = ("graph", "draw", "graph", "photos", "--out", tmp_path, "--synthesis", "--steps", "3", "--nodes", "1")
     seen: list[int] = []
 
     class Report:
@@ -356,6 +360,7 @@ def test_an_interrupted_decoder_goes_on(room: Path, tmp_path: Path, monkeypatch:
             pass
 
     monkeypatch.setattr(console, "stages", Bars)
+    monkeypatch.setattr("conelens.cli.graph_show.Recipe", functools.partial(Recipe, size=12, width=4))
     stopped = run(*command)
     assert stopped.exit_code == 130
     assert "1 of 3 steps of the decoder are kept" in stopped.stderr
@@ -378,20 +383,30 @@ def test_what_cannot_be_drawn_is_named(room: Path, tmp_path: Path) -> None:
 
 
 # -------------------------------------------------------------------------------------------------- evaluate
-def test_experiments_are_tables_in_three_places(room: Path, tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
-    result = run("graph", "evaluate", "graph", "--parts", "parts", "--resamples", "20", "--out", tmp_path)
+def test_experiments_are_tables_in_three_places(room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def study(*given: Any, **options: Any) -> Study:
+        asked.update(inspect.signature(evaluate).bind(*given, **options).arguments)
+        options["progress"]("stability", 1, 1)
+        return Study([Table("Stability", ["detector", "mean <d>"], [["nodes", "0.100"], ["filters" * 30, "0.2"]], "Low.")], {})
+
+    monkeypatch.setattr("conelens.cli.graph_study.evaluate", study)
+    command = ("graph", "evaluate", "graph", "--parts", "parts", "--resamples", "20", "--seed", "3", "--out", tmp_path)
+    result = run(*command)
     assert result.exit_code == 0, result.output
-    told = json.loads((tmp_path / "study.json").read_text())
+    assert (asked["seed"], asked["resamples"], len(asked["parts"])) == (3, 20, COUNT)
+    image = network_input(room / "parts" / "00.png")
+    assert torch.allclose(asked["parts"][0], image, atol=1e-5)
+    trained, random = (asked[name](image[None]) for name in ("net", "random_net"))
+    assert not torch.allclose(trained, random) and float(random.max()) > 0
+    run(*command)
+    assert torch.equal(random, asked["random_net"](image[None])) and torch.equal(trained, asked["net"](image[None]))
+    assert "filters" * 30 + "  0.2\n" in result.stdout, "whole, however wide the terminal"
+    assert json.loads((tmp_path / "study.json").read_text())["tables"][0]["title"] == "Stability"
+    assert (tmp_path / "study.md").is_file()
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert told["settings"]["images"] == COUNT
-    assert "red" in result.stdout
-    for table in told["tables"]:
-        assert table["title"] in result.stdout and table["title"] in page
-        for row in table["rows"]:
-            (line,) = [line for line in result.stdout.splitlines() if line.split() == " ".join(row).split()][:1]
-            assert line
-            assert all(f"<td>{cell}</td>" in page for cell in row if cell.isalpha())
+    assert "<td>0.100</td>" in page and "<th>mean &lt;d&gt;</th>" in page and "<p>Low.</p>" in page
 
 
 def test_the_sheet_is_written_and_ratings_are_read_back(room: Path, tmp_path: Path) -> None:

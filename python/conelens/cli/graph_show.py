@@ -69,39 +69,41 @@ class DrawJob:
             root=self.root,
         )  # fmt: skip
         if self.steps is not None:
-            page.sections.insert(-1, self._synthesis(features, placements, dataset, out))
+            page.sections.insert(-1, self._synthesis(features, placements, dataset, self.steps, out))
         names = "\n".join(f"{number:5d}  {dataset.label(number)}" for number in range(len(dataset)))
         page.sections.append(Section("Images", "The numbers below the patches.", preformatted=names))
         return write_report(page, out)
 
-    def _synthesis(self, features: Features, placements: dict[str, Placement], dataset: ImageFolder, out: Path) -> Section:
+    def _synthesis(
+        self, features: Features, placements: dict[str, Placement], dataset: ImageFolder, steps: int, out: Path
+    ) -> Section:
         layer = self.layer or list(self.fitted.graph.layers)[-1]
         if len(dataset) < 3:
             raise ArgumentError(f"--synthesis: got {len(dataset)} images, wanted at least 3, better hundreds")
         count = min(SHOWN, max(1, len(dataset) // 4))
         shown = [(2 * number + 1) * len(dataset) // (2 * count) for number in range(count)]
         others = [number for number in range(len(dataset)) if number not in shown]
-        decoder = self._decoder(layer, features[layer][others], _frames(dataset, others), out)
+        decoder = _train(layer, features[layer][others], _frames(dataset, others), steps, out / f"decoder_{safe_name(layer)}")
         sheet = synthesis_sheet(dataset, synthesise(features, placements, decoder, images=shown))
         text = _SYNTHESIS.format(layer=layer, decoder=f"{decoder}".replace("decoder", "Decoder", 1))
         return Section("Synthesis", text, [Figure(f"synthesis_{safe_name(layer)}", sheet)])
 
-    def _decoder(self, layer: str, maps: Tensor, frames: Tensor, out: Path) -> Decoder:
-        folder = out / f"decoder_{safe_name(layer)}"
-        recipe = Recipe(steps=self.steps or Recipe.steps)
-        if len(maps) < 200:
-            warnings.warn(f"--synthesis: {len(maps)} images teach a decoder little; hundreds show what is meant", stacklevel=2)
-        with console.writing(folder), console.stages() as report:
-            try:
-                decoder = Decoder.train(
-                    layer, maps, frames, recipe, folder=folder,
-                    progress=lambda done, total, loss: report("decoder", done, total, f": loss {loss:.3f}"),
-                )  # fmt: skip
-            except TrainingInterrupted as stop:
-                kept = f"{stop.decoder.steps} of {recipe.steps} steps of the decoder are kept in {folder}"
-                raise KeyboardInterrupt(f"{kept}; the same command goes on from there") from None
-            decoder.save(folder / "decoder.safetensors")
-        return decoder
+
+def _train(layer: str, maps: Tensor, frames: Tensor, steps: int, folder: Path) -> Decoder:
+    """A decoder that is kept in a folder, finished or not, and gone on with there."""
+    if len(maps) < 200:
+        warnings.warn(f"--synthesis: {len(maps)} images teach a decoder little; hundreds show what is meant", stacklevel=2)
+    with console.writing(folder), console.stages() as report:
+        try:
+            decoder = Decoder.train(
+                layer, maps, frames, Recipe(steps=steps), folder=folder,
+                progress=lambda done, total, loss: report("decoder", done, total, f": loss {loss:.3f}"),
+            )  # fmt: skip
+        except TrainingInterrupted as stop:
+            kept = f"{stop.decoder.steps} of {steps} steps of the decoder are kept in {folder}"
+            raise KeyboardInterrupt(f"{kept}; the same command goes on from there") from None
+        decoder.save(folder / "decoder.safetensors")
+    return decoder
 
 
 def _frames(dataset: ImageFolder, numbers: list[int]) -> Tensor:
