@@ -11,6 +11,7 @@ import torch
 from scipy.stats import multivariate_normal
 
 from conelens.explanatory.features import Grid
+from conelens.explanatory.fit import first_layer_state
 from conelens.explanatory.layer import GraphLayer, Parents
 from conelens.explanatory.rules import FORMS, Rules
 
@@ -87,6 +88,16 @@ def test_noise_is_a_tenth_of_the_nodes_mean_mass_or_absolute() -> None:
             mass[image, node] = expected.weight[image].flatten()[node].item() * cells
     np.testing.assert_allclose(expected.tau.numpy(), 0.1 * mass.mean(1), rtol=1e-6)
     assert lower.expect(FORMS["paper"], 4, parents).tau.tolist() == [0.1 / 32] * 4
+
+
+def test_an_image_in_which_no_parents_agree_has_a_likelihood() -> None:
+    """Two parents 600 pixels apart, spreads of 2: their agreement is exp(-22500), below any float."""
+    layer = first_layer_state("layer", GRID, 1, 3, 0)
+    layer = replace(layer, edges=torch.tensor([[[0, 1]] * 3]), strength=torch.ones(1, 3, 2))
+    apart = torch.tensor([[[-300.0, 0.0], [300.0, 0.0]]])
+    parents = Parents(apart, torch.tensor([2.0, 2.0]), torch.arange(2), torch.arange(2))
+    found = layer.find(torch.rand(1, 1, 6, 5).half(), layer.expect(Rules(), 1, parents), Rules(), argmax=True)
+    assert bool(torch.isfinite(found.log_likelihood).all()) and bool(torch.isfinite(found.mass).all())
 
 
 def test_top_nodes_expect_the_same_everywhere() -> None:

@@ -192,7 +192,8 @@ class LayerFit:
             explained = 1 - squares / spread[rows, None].to(real).clamp(min=LEAST_MASS)
             score = squares.div_(total.mass[rows, None].to(real).clamp(min=LEAST_MASS)).div_(-2 * variance).sub_(variance.log())
             chosen.append(self._best(score, explained))
-        self._take(*map(torch.cat, zip(*chosen, strict=True)), total.mass >= LEAST_MASS)
+        best, strength = (torch.cat(parts) for parts in zip(*chosen, strict=True))
+        self._take(best, strength, total.mass >= LEAST_MASS)
 
     def _choose_by_kernel(self, total: Statistics) -> None:
         """The release's criterion (its §2.6): kernel consistency of relative displacements, from empirical mean positions."""

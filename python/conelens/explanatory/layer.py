@@ -11,11 +11,12 @@ from torch import Tensor
 
 from conelens import ops
 from conelens.explanatory.features import Grid
-from conelens.explanatory.lattice import lattice_step
+from conelens.explanatory.lattice import lattice_mass, lattice_step
 from conelens.explanatory.rules import Rules
 
 LEAST_MASS = 1e-8  # activity below which a node owns nothing
 TOP_SIGMA = 0.15  # of the map's side: spread of a node without parents
+_LEAST_LOG_WEIGHT = -60.0  # where no parents agree, something must own the activity all the same, within float32
 _LEAST_SPREAD = 0.1  # of the distance between the nodes of a filter
 
 
@@ -98,25 +99,26 @@ class GraphLayer:
         """What the nodes expect in ``images`` images, of which ``parents`` tells the displacements."""
         if self.edges is None or parents is None:
             shift, sigma = None, self.prior_sigma
-            weight = _normaliser(sigma).expand(images, *sigma.shape)
+            weight = _area(sigma).reciprocal().expand(images, *sigma.shape)
         else:
             edges = parents.local[self.edges].flatten(0, 1)
             shift, sigma, log_agreement = ops.collapse_parents(parents.displacement, parents.sigma, edges)
             each = parents.sigma.log()[edges]
             if rules.weight == "agreement":
-                log_weight = -(2 * math.pi * sigma.square()).log()
+                log_weight = -_area(sigma).log()
             elif rules.weight == "geometric":
                 log_weight = -(2 * each.mean(-1) + math.log(2 * math.pi))
             else:  # over its own mean, as products of fifteen factors leave the range of float32
                 log_weight = sigma.log() - each.sum(-1)
                 log_weight = log_weight - log_weight.mean()
-            weight = (log_agreement + log_weight).exp_().view(images, *self.shape)
+            weight = (log_agreement + log_weight).clamp_(min=_LEAST_LOG_WEIGHT).exp_().view(images, *self.shape)
             shift, sigma = shift.view(images, *self.shape, 2), sigma.view(self.shape)
         cell = self.grid.step[0] * self.grid.step[1]
         if rules.noise_scale == "absolute":
             tau = weight.new_full((images,), rules.noise / cell)
         else:
-            tau = rules.noise / cell * (weight * (2 * math.pi * sigma.square())).mean((1, 2))
+            whole = lattice_mass(sigma, self.sigma, self.grid) if rules.domain == "lattice" else _area(sigma) / cell
+            tau = rules.noise * (weight * whole).mean((1, 2))
         return Expected(shift, sigma, weight, tau)
 
     def find(self, features: Tensor, expected: Expected, rules: Rules, argmax: bool) -> Found:
@@ -170,5 +172,6 @@ class Parents(NamedTuple):
         return self._replace(displacement=self.displacement[start:stop])
 
 
-def _normaliser(sigma: Tensor) -> Tensor:
-    return (2 * math.pi * sigma.square()).reciprocal()
+def _area(sigma: Tensor) -> Tensor:
+    """The integral of exp(-r^2 / (2 sigma^2))."""
+    return 2 * math.pi * sigma.square()
