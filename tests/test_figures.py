@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
+from io import BytesIO
 from pathlib import Path
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from conelens.errors import ArgumentError
 from conelens.figures import (
     UnitPanel,
     cut,
+    data_uri,
     enlarge,
     feature_maps,
     grid,
@@ -117,6 +120,17 @@ def test_the_same_picture_is_the_same_file(tmp_path: Path) -> None:
     one, two = save_png(image, tmp_path / "new" / "a.png"), save_png(image, tmp_path / "b.png")
     assert one.read_bytes() == two.read_bytes()
     assert np.array_equal(np.asarray(Image.open(one)), np.asarray(image))
+
+
+def test_a_data_uri_holds_the_picture() -> None:
+    image = Image.fromarray(RNG.integers(0, 256, (8, 16, 3), dtype=np.uint8))
+    for address, form, exact in ((data_uri(image), "PNG", True), (data_uri(image, "JPEG", quality=5), "JPEG", False)):
+        with urlopen(address) as response:
+            content = response.read()
+        held = Image.open(BytesIO(content))
+        assert address.startswith(f"data:image/{form.lower()};base64,") and held.format == form
+        assert held.size == image.size and (np.asarray(held) == np.asarray(image)).all() == exact
+    assert len(data_uri(image, "JPEG", quality=95)) > len(address)
 
 
 NODES = [

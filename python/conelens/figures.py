@@ -6,9 +6,12 @@ contrast means size. Min-max stretching, which gives zero an arbitrary colour, i
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -191,3 +194,10 @@ def save_png(image: Image.Image, path: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path, "PNG")
     return path
+
+
+def data_uri(image: Image.Image, form: str = "PNG", **options: Any) -> str:
+    """The picture itself as an address, for a page or an SVG in one file; `form` and `options` as Pillow's `save` has them."""
+    file = BytesIO()
+    image.save(file, form, **options)
+    return f"data:image/{form.lower()};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"

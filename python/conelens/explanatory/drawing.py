@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from io import BytesIO
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -28,7 +26,7 @@ from conelens.explanatory.pictures import (
     rank_scores,
     top_patches,
 )
-from conelens.figures import FAINT, INK, PAPER, write
+from conelens.figures import FAINT, INK, PAPER, data_uri, write
 from conelens.heatmaps import LABEL_COLOURS, Colour
 
 if TYPE_CHECKING:
@@ -233,7 +231,7 @@ class Drawing:
             (x, y), image = tile.at, tile.image
             size = f'width="{image.width}" height="{image.height}"'
             parts += [
-                f'<image x="{x:.1f}" y="{y:.1f}" {size} href="data:image/png;base64,{_png(image)}"/>',
+                f'<image x="{x:.1f}" y="{y:.1f}" {size} href="{data_uri(image)}"/>',
                 f'<rect x="{x:.1f}" y="{y:.1f}" {size} fill="none" stroke="{_hex(tile.frame)}" stroke-width="2"/>',
             ]
         for words in self.words:
@@ -350,12 +348,6 @@ def _widths(links: Sequence[Link]) -> list[float]:
         most[link.lower.layer] = max(most.get(link.lower.layer, 0.0), link.strength)
     shares = (max(0.0, link.strength) / (most[link.lower.layer] or 1.0) for link in links)
     return [_THIN + (_THICK - _THIN) * share for share in shares]
-
-
-def _png(image: Image.Image) -> str:
-    buffer = BytesIO()
-    image.save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _hex(colour: Colour) -> str:

@@ -161,7 +161,7 @@ class ExplanatoryGraph:
                     "net: this graph was loaded without its network; give infer(images, net=conelens.trace(...))"
                 )
             images = Features.extract(
-                net, images, list(self.layers), scale=self.scale, batch_size=batch_size, progress=_named(progress, "features")
+                net, images, list(self.layers), scale=self.scale, batch_size=batch_size, progress=of_stage(progress, "features")
             )
         order = list(self.layers.values())[::-1]
         for layer in order:
@@ -217,8 +217,9 @@ class ExplanatoryGraph:
         )
 
 
-def _named(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
-    return None if progress is None else lambda done, total: progress(what, done, total)
+def of_stage(progress: Progress | None, stage: str) -> Callable[[int, int], None] | None:
+    """What a single stage of the work tells its (done, in all) to."""
+    return None if progress is None else lambda done, total: progress(stage, done, total)
 
 
 def _features(
@@ -246,7 +247,7 @@ def _features(
     check_order(net, names)
     return Features.extract(
         net, images, names, scale=scale, negatives=negatives, batch_size=batch_size, memory=memory,
-        folder=None if folder is None else folder / "features", progress=_named(progress, "features"),
+        folder=None if folder is None else folder / "features", progress=of_stage(progress, "features"),
     )  # fmt: skip
 
 

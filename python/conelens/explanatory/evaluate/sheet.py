@@ -7,9 +7,7 @@ tells which is which; the key, a file of its own, does.
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from conelens.errors import ArgumentError, DataError
 from conelens.explanatory.evaluate.bootstrap import Interval, mean_over_images
 from conelens.explanatory.evaluate.detectors import Detector
 from conelens.explanatory.pictures import Photographs, patch_box
-from conelens.figures import GREY, cut, enlarge
+from conelens.figures import GREY, cut, data_uri, enlarge
 
 KEY_FORMAT, RATINGS_FORMAT = "conelens.sheet-key 1", "conelens.ratings 1"
 KINDS = ("node", "filter")
@@ -132,9 +130,7 @@ def _region(frame: np.ndarray, position: np.ndarray, radius: float) -> str:
     dimmed = patch * 0.35 + GREY * 0.65
     shown = np.where((away <= radius)[..., None], patch, dimmed)
     shown[np.abs(away - radius) < 0.8] = (255, 224, 0)
-    file = io.BytesIO()
-    enlarge(np.rint(shown).astype(np.uint8), SHOWN).save(file, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+    return data_uri(enlarge(np.rint(shown).astype(np.uint8), SHOWN), "JPEG", quality=85)
 
 
 # ------------------------------------------------------------------------------------------------------- read back

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,12 @@ from conelens.explanatory.evaluate.midlevel import kmeans_patterns, strongest_un
 from conelens.explanatory.evaluate.purity import purity_of_maps, purity_of_nodes
 from conelens.explanatory.evaluate.vote import Vote
 from conelens.explanatory.features import Features
-from conelens.explanatory.graph import ExplanatoryGraph
+from conelens.explanatory.graph import ExplanatoryGraph, Progress, of_stage
 from conelens.explanatory.layer import Placement
 from conelens.explanatory.pictures import rank_scores
 from conelens.landmarks import PartSet, jittered
 from conelens.network import Network
 
-Progress = Callable[[str, int, int], None]
 RADIUS = 35.0  # pixels: half of the papers' patches
 
 
@@ -122,14 +121,14 @@ def evaluate(
     random_graph: ExplanatoryGraph | None = None
     for title, views in (("crops as annotated", parts), ("random views", jittered(parts, seed, smallest))):
         features = Features.extract(
-            net, views, list(graph.layers), scale=graph.scale, progress=_part(progress, f"{title}: features")
+            net, views, list(graph.layers), scale=graph.scale, progress=of_stage(progress, f"{title}: features")
         ).cpu()
         placements = graph.infer(features, progress=progress)
         random = None
         if random_net is not None:
             scale: Any = "auto" if random_graph is None else random_graph.scale
             noise = Features.extract(
-                random_net, views, list(graph.layers), scale=scale, progress=_part(progress, f"{title}: random weights")
+                random_net, views, list(graph.layers), scale=scale, progress=of_stage(progress, f"{title}: random weights")
             ).cpu()
             if random_graph is None:
                 random_graph = _like(graph, noise, progress)
@@ -141,10 +140,6 @@ def evaluate(
         tables += _localisation(crops, graph, repeats, resamples, seed, progress)
     settings = {"images": len(parts), "seed": seed, "smallest": smallest, "resamples": resamples, "graph": graph.settings}
     return Study(tables, settings)
-
-
-def _part(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
-    return None if progress is None else lambda done, total: progress(what, done, total)
 
 
 def _like(graph: ExplanatoryGraph, features: Features, progress: Progress | None) -> ExplanatoryGraph:

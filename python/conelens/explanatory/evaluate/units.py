@@ -26,10 +26,7 @@ def unit_blocks(features: Tensor, rows: Tensor | None = None, at_once: int | Non
     Raises:
         ArgumentError: wrong shape or dtype, or values that no rectified activity has: NaN, infinity, negative.
     """
-    if features.ndim != 4 or not features.is_floating_point() or not features.numel():
-        raise ArgumentError(
-            f"features: got {features.dtype} {tuple(features.shape)}, wanted floats [N,D,H,W], none of them empty"
-        )
+    check_features(features)
     rows = torch.arange(len(features)) if rows is None else rows
     for part in rows.split(at_once or max(1, BLOCK // features[0].numel())):
         block = features[part].float().flatten(2).cpu()
