@@ -63,6 +63,7 @@ _SPELLINGS = (
     (r"policy=\{'(\w+)': '(\w+)'", r"here: --policy \1=\2"),
     (r"^policy: got", r"here: --policy clamp, or --policy relu6=clamp,gate=hold"),
     (r"net\.layers\(\) lists", r"here: conelens layers MODEL"),
+    (r"go on with ExplanatoryGraph\.fit", r"here: the same conelens graph fit again"),
     (r"give layers=\[", r"here: --layers A,B,C"),
 )
 

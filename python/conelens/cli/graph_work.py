@@ -18,7 +18,7 @@ from conelens.cli import console
 from conelens.cli.fingerprint import differing, graph_fingerprint, model_fingerprint
 from conelens.data import ImageDataset, ImageFolder, Preprocess, iter_batches
 from conelens.errors import ArgumentError, CheckpointError, DataError
-from conelens.explanatory import ExplanatoryGraph, Features, FitInterrupted, Placement, grid_of, storage
+from conelens.explanatory import ExplanatoryGraph, Features, Placement, grid_of, storage
 from conelens.explanatory.rules import check_order, nodes_for, preset_layers, rules_of
 from conelens.files import write_tensors
 from conelens.models import LoadedModel, load_model
@@ -102,48 +102,47 @@ class FitJob:
         Raises:
             ArgumentError: ``out`` holds another fit.
         """
-        reached = self._reached(out)
-        if reached is not None and read_note(out)["finished"]:
+        kept = self._kept(out)
+        if kept is not None and kept.complete:
             console.say(f"{out} holds this graph already, learned to its end; --anew learns it again")
-            return ExplanatoryGraph.load(out, self.bench.net)
-        recipe = self.bench.model.preprocess
-        images = photographs(self.images, recipe)
-        negatives = None if self.negatives is None else ImageFolder(self.negatives, recipe)
-        self._write_note(out, weights, policy, finished=False)
+            return kept
+        reached = None if kept is None else _reached(kept)
         if reached is not None:
             console.say(f"goes on after iteration {reached[1]} of {reached[0]}")
+        watch = _Watch(reached)
         try:
-            with console.writing(out), console.stages() as report:
-                watch = _Watch(report, reached)
-                graph = ExplanatoryGraph.fit(
+            recipe = self.bench.model.preprocess
+            images = photographs(self.images, recipe)
+            negatives = None if self.negatives is None else ImageFolder(self.negatives, recipe)
+            self._write_note(out, weights, policy)
+            with console.writing(out), console.stages() as watch.report:
+                return ExplanatoryGraph.fit(
                     self.bench.net, images, self.layers, self.nodes, edges=self.settings.edges,
                     iterations=self.settings.iterations, seed=self.settings.seed, form=self.settings.form,
                     noise=self.settings.noise, negatives=negatives, batch_size=batch_size, memory=memory, checkpoint=out,
                     progress=watch.progress, watch=watch.iteration,
                 )  # fmt: skip
-        except FitInterrupted:
+        except KeyboardInterrupt:
             where = "begins again" if watch.reached is None else "goes on after iteration {1} of {0}".format(*watch.reached)
             raise KeyboardInterrupt(f"the same command {where}") from None
         finally:
             shutil.rmtree(out / "features", ignore_errors=True)
-        self._write_note(out, weights, policy, finished=True)
-        return graph
 
-    def _reached(self, out: Path) -> tuple[str, int] | None:
-        """The layer and the iteration at which the fit in ``out`` stopped; None where nothing was learned yet."""
+    def _kept(self, out: Path) -> ExplanatoryGraph | None:
+        """What was learned in ``out``, whole or in part. ArgumentError where that is of another fit."""
         if not (out / storage.FILE).exists():
             return None
         elsewhere = "choose another --out, or replace it with --anew"
         try:
-            note, (layers, _, _) = read_note(out), storage.read(out)
+            note, (layers, scale, settings) = read_note(out), storage.read(out)
         except CheckpointError as error:
             raise ArgumentError(f"{error}; {elsewhere}") from error
         if names := differing(str(note["source"]), self.source):
             raise ArgumentError(f"the graph in {out} was begun with other {', '.join(names)}; {elsewhere}")
-        done = ((name, len(layers[name].history)) for name in self.layers if name in layers)
-        return next(((name, iterations) for name, iterations in done if iterations), None)
+        held = {name: layers[name] for name in settings["layers"] if name in layers}
+        return ExplanatoryGraph(held, scale, settings, self.bench.net)
 
-    def _write_note(self, out: Path, weights: Path | None, policy: str | None, finished: bool) -> None:
+    def _write_note(self, out: Path, weights: Path | None, policy: str | None) -> None:
         model = self.bench.model
         about = {
             "format": FORMAT,
@@ -153,16 +152,23 @@ class FitJob:
             "policy": policy,
             "images": str(self.images.resolve()),
             "source": self.source,
-            "finished": finished,
         }
         console.write_whole(out / NOTE, json.dumps(about, indent=1).encode())
+
+
+def _reached(graph: ExplanatoryGraph) -> tuple[str, int] | None:
+    """The layer at which a fit stopped and its iterations; None where there were none yet."""
+    done = ((name, len(layer.history)) for name, layer in graph.layers.items())
+    return next(((name, iterations) for name, iterations in done if iterations), None)
 
 
 class _Watch:
     """Bars with log-likelihoods, a line per finished layer, and how far the fit is."""
 
-    def __init__(self, report: console.Report, reached: tuple[str, int] | None) -> None:
-        self.report, self.reached = report, reached
+    report: console.Report
+
+    def __init__(self, reached: tuple[str, int] | None) -> None:
+        self.reached = reached
         self.told = ""
 
     def iteration(self, layer: str, iteration: int, likelihood: float) -> None:
@@ -201,7 +207,7 @@ def read_note(folder: Path) -> dict[str, Any]:
     """What `conelens graph fit` noted of itself. CheckpointError where it noted nothing, or something unknown."""
     try:
         note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
-        if note["format"] != FORMAT or not {"model", "weights", "input", "policy", "source", "finished"} <= set(note):
+        if note["format"] != FORMAT or not {"model", "weights", "input", "policy", "source"} <= set(note):
             raise KeyError(FORMAT)
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no graph of `conelens graph fit` (it has no {NOTE})") from None
@@ -225,8 +231,6 @@ class Fitted:
             CheckpointError: no graph, or one that is not finished. ArgumentError: the weights are gone, or are others.
         """
         note = read_note(folder)
-        if not note["finished"]:
-            raise CheckpointError(f"{folder}: this fit was not finished; give the same conelens graph fit again, it goes on")
         graph = ExplanatoryGraph.load(folder)
         if weights is None and note["weights"] is not None:
             weights = Path(note["weights"])
