@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-
-pytest.importorskip("triton", reason="needs conelens[triton]")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("the interpreter does not compile: run without TRITON_INTERPRET=1", allow_module_level=True)
-
 import triton_build
 
 from conelens.kernels.edge_scores import triton_kernel

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import pytest
 import torch
-
-pytest.importorskip("triton", reason="needs conelens[triton]")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("the interpreter does not compile: run without TRITON_INTERPRET=1", allow_module_level=True)
-
 import triton_build
 from triton_build import SHARED_LIMIT
 

@@ -1,7 +1,11 @@
-"""Compiles what `launch` would run for a GPU that is not here, and reads the machine code back."""
+"""Compiles what `launch` would run for a GPU that is not here, and reads the machine code back.
+
+A test module that imports it is skipped where Triton is missing, or interprets: so it comes before any Triton kernel.
+"""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -9,6 +13,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="needs conelens[triton]")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter does not compile: run without TRITON_INTERPRET=1", allow_module_level=True)
 
 import triton
 from triton.backends.compiler import GPUTarget

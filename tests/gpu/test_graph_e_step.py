@@ -6,29 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from conelens import ops
 from conelens.kernels.graph_e_step import reference
-
-GRID = (7.5, 3.0, 16.0, 11.0)
-
-
-def problem(images: int, channels: int, height: int, width: int, nodes: int, shifted: bool) -> list[Any]:
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator)
-
-    size = torch.tensor([height * GRID[2], width * GRID[3]])
-    return [
-        random(images, channels, height, width) * 3 - 1,
-        random(channels, nodes, 2) * size,
-        (random(images, channels, nodes, 2) - 0.5) * 0.4 * size if shifted else None,
-        (0.25 + random(channels, nodes)) * 0.4 * float(size.max()),
-        random(images, channels, nodes),
-        0.2 * random(images),
-    ]
+from tests.kit.e_step import GRID, problem
 
 
 def on_gpu(args: list[Any]) -> list[Any]:

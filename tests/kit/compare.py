@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
+
+GUARD, SENTINEL = 64, -77
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
@@ -42,3 +48,15 @@ class Guarded:
         cut = tuple(slice(m, m + size) for m, size in zip((1, 2, 1, 3), self.view.shape, strict=True))
         outside[cut] = False
         assert bool((self.buffer[outside] == self.sentinel).all()), "the kernel wrote outside its output"
+
+
+@contextmanager
+def packed_in_guards(*like: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Packed tensors of these shapes and dtypes, NaN, between sentinels that must still be there afterwards."""
+    buffers = [torch.full((x.numel() + 2 * GUARD,), SENTINEL, dtype=x.dtype) for x in like]
+    views = tuple(buffer[GUARD:-GUARD].view(x.shape) for buffer, x in zip(buffers, like, strict=True))
+    for view in views:
+        view.fill_(math.nan if view.is_floating_point() else SENTINEL)
+    yield views
+    for buffer in buffers:
+        assert (buffer[:GUARD] == SENTINEL).all() and (buffer[-GUARD:] == SENTINEL).all(), "the kernel wrote outside its output"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from random import Random
 
 import numpy as np
@@ -15,7 +13,7 @@ from torch import Tensor
 from conelens import ops
 from conelens.errors import ArgumentError
 from conelens.ops.collapse_parents import CollapsedParents
-from tests.kit.compare import assert_same
+from tests.kit.compare import assert_same, packed_in_guards
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -159,23 +157,13 @@ def test_an_image_gives_the_same_bits_in_any_company_and_on_any_threads(isa: str
         assert all(map(torch.equal, ops.collapse_parents(displacement, sigma, edges), whole))
 
 
-@contextmanager
-def guarded(shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> Iterator[list[Tensor]]:
-    """Tensors of NaN between sentinels, which must still be there afterwards."""
-    buffers = [torch.full((math.prod(shape) + 64,), -77.0, dtype=dtype) for shape in shapes]
-    views = [b[32 : 32 + math.prod(shape)].fill_(math.nan).view(shape) for b, shape in zip(buffers, shapes, strict=True)]
-    yield views
-    for buffer in buffers:
-        assert (buffer[:32] == -77).all() and (buffer[-32:] == -77).all(), "the kernel wrote outside its output"
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_out_is_filled_and_nothing_else(dtype: torch.dtype, backend: str, isa: str) -> None:
     displacement, sigma, edges = problem(19, 13, 37, 4, dtype)
     wanted = oracle(displacement, sigma, edges)
-    with guarded(((19, 37, 2), (37,), (19, 37)), dtype) as views, ops.use_backend(backend):
-        found = ops.collapse_parents(displacement, sigma, edges, out=tuple(views))
+    with packed_in_guards(*(x.to(dtype) for x in wanted)) as views, ops.use_backend(backend):
+        found = ops.collapse_parents(displacement, sigma, edges, out=views)
         assert all(a is b for a, b in zip(found, views, strict=True))
         assert_close(found, wanted, TOLERANCE[dtype])
     strided = (torch.zeros(2, 37, 19, dtype=dtype).permute(2, 1, 0), torch.zeros(74, dtype=dtype)[::2])

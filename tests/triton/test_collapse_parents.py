@@ -10,12 +10,12 @@ from torch import Tensor
 
 from conelens import ops
 from conelens.kernels.collapse_parents import reference
+from tests.kit.compare import packed_in_guards
 
 pytest.importorskip("triton", reason="needs conelens[triton]")
 
 from conelens.kernels.collapse_parents import triton_kernel
 
-GUARD, SENTINEL = 64, -777.0
 SIZES = [(1, 1, 1, 1), (3, 5, 7, 2), (33, 40, 70, 15), (8, 9, 32, 3), (40, 3, 31, 4)]  # images, parents, nodes, edges
 
 
@@ -31,11 +31,9 @@ def problem(images: int, parents: int, nodes: int, degree: int) -> tuple[Tensor,
 def test_matches_the_reference(size: tuple[int, int, int, int], index: torch.dtype) -> None:
     displacement, sigma, edges = problem(*size)
     wanted = reference.collapse_parents(displacement.double(), sigma.double(), edges)
-    buffers = [torch.full((x.numel() + 2 * GUARD,), SENTINEL) for x in wanted]
-    out = tuple(b[GUARD:-GUARD].fill_(math.nan).view(x.shape) for b, x in zip(buffers, wanted, strict=True))
-    assert triton_kernel.run(displacement, sigma, edges.to(index), out=out) is out  # type: ignore[arg-type]
-    for buffer, found, expected in zip(buffers, out, wanted, strict=True):
-        assert (buffer[:GUARD] == SENTINEL).all() and (buffer[-GUARD:] == SENTINEL).all(), "wrote outside the output"
+    with packed_in_guards(*(x.float() for x in wanted)) as out:
+        assert triton_kernel.run(displacement, sigma, edges.to(index), out=out) is out  # type: ignore[arg-type]
+    for found, expected in zip(out, wanted, strict=True):
         assert (found.double() - expected).abs().max() <= 1e-6 * max(1e-4, float(expected.abs().max()))
 
 

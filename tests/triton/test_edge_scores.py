@@ -10,12 +10,12 @@ from torch import Tensor
 
 from conelens import ops
 from conelens.kernels.edge_scores import reference
+from tests.kit.compare import packed_in_guards
 
 pytest.importorskip("triton", reason="needs conelens[triton]")
 
 from conelens.kernels.edge_scores import triton_kernel
 
-GUARD, SENTINEL = 64, -777.0
 SIZES = [(1, 1, 1), (3, 5, 7), (130, 33, 70), (5, 64, 64), (2, 31, 129), (0, 3, 4)]  # images, nodes, parents
 
 
@@ -30,10 +30,8 @@ def problem(images: int, nodes: int, parents: int) -> tuple[Tensor, Tensor, Tens
 def test_matches_the_reference(size: tuple[int, int, int]) -> None:
     args = problem(*size)
     wanted = reference.edge_scores(*(x.double() for x in args))
-    buffer = torch.full((wanted.numel() + 2 * GUARD,), SENTINEL)
-    out = buffer[GUARD:-GUARD].fill_(math.nan).view(wanted.shape)
-    assert triton_kernel.run(*args, out=out) is out
-    assert (buffer[:GUARD] == SENTINEL).all() and (buffer[-GUARD:] == SENTINEL).all(), "wrote outside the output"
+    with packed_in_guards(wanted.float()) as (out,):
+        assert triton_kernel.run(*args, out=out) is out
     assert ((out - wanted).abs() <= 1e-6 * args[1].double().sum(0)[:, None]).all()
 
 

@@ -3,44 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from conelens import ops
 from conelens.kernels.graph_e_step import reference
+from tests.kit.compare import packed_in_guards
+from tests.kit.e_step import GRID, problem
 
 pytest.importorskip("triton", reason="needs conelens[triton]")
 
 from conelens.kernels.graph_e_step import triton_kernel
 
-GUARD, SENTINEL = 64, -777
-GRID = (7.5, 3.0, 16.0, 11.0)
 SIZES = [(2, 3, 14, 14, 20), (1, 2, 28, 28, 40), (2, 2, 5, 19, 3), (1, 3, 1, 1, 1), (2, 1, 17, 8, 17)]
-
-
-def problem(images: int, channels: int, height: int, width: int, nodes: int, shifted: bool = True) -> list[Any]:
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator)
-
-    size = torch.tensor([height * GRID[2], width * GRID[3]])
-    return [
-        random(images, channels, height, width) * 3 - 1,
-        random(channels, nodes, 2) * size,
-        (random(images, channels, nodes, 2) - 0.5) * 0.4 * size if shifted else None,
-        (0.25 + random(channels, nodes)) * 0.4 * float(size.max()),
-        random(images, channels, nodes),
-        0.2 * random(images),
-    ]
-
-
-def guarded(like: Tensor) -> tuple[Tensor, Tensor]:
-    buffer = torch.full((like.numel() + 2 * GUARD,), SENTINEL, dtype=like.dtype)
-    return buffer[GUARD : GUARD + like.numel()].view(like.shape), buffer
 
 
 @pytest.mark.parametrize("argmax", [False, True])
@@ -49,12 +25,9 @@ def test_matches_the_reference(size: tuple[int, int, int, int, int], argmax: boo
     args = problem(*size, shifted=size[0] == 2)
     wide = [x if x is None else x.double() for x in args]
     wanted = reference.graph_e_step(*wide, GRID, argmax)  # type: ignore[arg-type]
-    fresh = reference.empty_results(args[0], size[-1], argmax)
-    pairs = [guarded(x) for x in fresh]
-    out = tuple(view for view, _ in pairs)
-    assert triton_kernel.run(*args, GRID, argmax, out=out) is out  # type: ignore[arg-type]
-    for (found, buffer), expected in zip(pairs, wanted, strict=True):
-        assert (buffer[:GUARD] == SENTINEL).all() and (buffer[-GUARD:] == SENTINEL).all(), "wrote outside the output"
+    with packed_in_guards(*reference.empty_results(args[0], size[-1], argmax)) as out:
+        assert triton_kernel.run(*args, GRID, argmax, out=out) is out  # type: ignore[arg-type]
+    for found, expected in zip(out, wanted, strict=True):
         if found.dtype == torch.int32:
             assert torch.equal(found, expected)
         else:
