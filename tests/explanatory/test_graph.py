@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -119,6 +119,14 @@ def test_tampered_files_are_refused(graph: ExplanatoryGraph, tmp_path: Path) -> 
             **{f"{k}\n{UPPER}": torch.zeros(3, 5, 1).to(d) for k, d in (("edges", torch.int64), ("strength", torch.float32))},
         },
     )
+    edges, settings = tensors[f"edges\n{LOWER}"], about["settings"]
+    refused("edges of lower is torch.int32", tensors | {f"edges\n{LOWER}": edges.int()})
+    refused("do not fit their strength", tensors | {f"edges\n{LOWER}": edges[..., :2].contiguous()})
+    refused("lower has no edges", {k: v for k, v in tensors.items() if k not in (f"edges\n{LOWER}", f"strength\n{LOWER}")})
+    refused("'rules'", tensors, about | {"settings": {k: v for k, v in settings.items() if k != "rules"}})
+    refused("'seed'", tensors, about | {"settings": {k: v for k, v in settings.items() if k != "seed"}})
+    refused("unexpected keyword", tensors, about | {"settings": settings | {"rules": {"colour": "red"}}})
+    refused("weight: got 'none'", tensors, about | {"settings": settings | {"rules": settings["rules"] | {"weight": "none"}}})
     refused("conelens.ExplanatoryGraph 9", tensors, about | {"format": "conelens.ExplanatoryGraph 9"})
     for content in (whole[:-100], b"pickle", b""):
         file.write_bytes(content)
@@ -214,6 +222,33 @@ def test_another_fit_is_not_continued(features: Features, net: conelens.Network,
         ExplanatoryGraph.fit(None, others, **arguments)  # type: ignore[arg-type]
 
 
+def test_other_images_are_noticed_where_others_give_the_scale(net: conelens.Network, tmp_path: Path) -> None:
+    fit = partial(
+        ExplanatoryGraph.fit, net, layers=LAYERS, nodes_per_filter=3, edges=4, iterations=1, checkpoint=tmp_path,
+        negatives=planted(12, seed=7).images, scale="channel",
+    )  # fmt: skip
+    fit(planted(24).images)
+    fit(planted(24).images, batch_size=5)
+    with pytest.raises(CheckpointError, match="other images or another network"):
+        fit(planted(24, seed=9).images)
+    with pytest.raises(CheckpointError, match="was begun with images 24, now 20"):
+        fit(planted(20).images)
+
+
+def test_files_of_features_are_gone_after_the_fit(net: conelens.Network, tmp_path: Path) -> None:
+    seen: list[list[str]] = []
+
+    def watch(layer: str, iteration: int, likelihood: float) -> None:
+        seen.append(sorted(path.name for path in (tmp_path / "features").iterdir()))
+
+    arguments = {"nodes_per_filter": 3, "edges": 4, "iterations": 1, "checkpoint": tmp_path, "memory": 0, "scale": "channel"}
+    ExplanatoryGraph.fit(net, planted(6).images, LAYERS, **arguments, watch=watch)  # type: ignore[arg-type]
+    assert seen == [["0.f16", "1.f16", "features.json"]] * 2 and not (tmp_path / "features").exists()
+    kept = Features.extract(net, planted(6).images, LAYERS, memory=0, folder=tmp_path / "features", scale="channel")
+    ExplanatoryGraph.fit(net, kept, **arguments)  # type: ignore[arg-type]
+    assert (tmp_path / "features" / "0.f16").exists()
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(
     graph: ExplanatoryGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,6 +330,18 @@ def test_features_that_are_nan_or_nothing_are_refused() -> None:
         ExplanatoryGraph.fit(None, made(upper, torch.zeros_like(lower)), nodes_per_filter=2)
 
 
-def test_features_of_another_size_are_refused(graph: ExplanatoryGraph) -> None:
-    with warnings.catch_warnings(), pytest.raises(ArgumentError, match="trace the network at the size it was learned at"):
+def test_features_that_do_not_fit_are_refused(graph: ExplanatoryGraph, features: Features, net: conelens.Network) -> None:
+    with pytest.raises(ArgumentError, match="trace the network at the size it was learned at"):
         graph.infer(made(noise(2, 3, 4), noise(2, 4, 8)))
+    for scale in ("unit", "channel"):
+        with pytest.raises(ArgumentError, match=r"scale=graph\.scale"):
+            graph.infer(Features.extract(net, planted(4).images, LAYERS, scale=scale))
+    with pytest.raises(ArgumentError, match="got 2 and 0, wanted at least one of each"):
+        graph.infer(features.part(3, 3))
+    with pytest.raises(ArgumentError, match="got 0 and 24"):
+        graph.infer(features, layers=[])
+    bad = Features({name: features[name].clone() for name in LAYERS}, features.grids, features.scale, features.image_size)
+    bad[LOWER][3, 1, 4, 4] = torch.nan
+    with pytest.raises(DataError, match="layer lower: its features hold NaN or infinity, in images 0 to 23"):
+        graph.infer(bad)
+    assert list(graph.infer(bad, layers=[UPPER])) == [UPPER]

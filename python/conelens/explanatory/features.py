@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,8 +22,10 @@ Progress = Callable[[int, int], None]
 
 # a unit that hardly ever changes would turn rounding into activity: no scale is below this share of the layer's mean scale
 _LEAST_SCALE = 1e-3
+_LEAST_DEVIATION = 1e-6  # of the root mean square: rounding
 _PER_UNIT_FROM = 200  # images from which each unit's own deviation is known well enough
 _BLOCK_BYTES = 64 << 20
+_ROOM = 2.0**15  # largest half that is used while the true scale is not known: half precision ends at 2^16
 
 
 class Grid(NamedTuple):
@@ -143,7 +146,8 @@ class Features:
             net: from :func:`conelens.trace`.
             images: [N, C, H, W], or a data set of [C, H, W] in the network's space. An item that cannot be read, or holds
                 NaN, is named in a warning and counts as an image without activity.
-            layers: names or aliases; convolutions read before their ReLU.
+            layers: names or aliases; convolutions, read before their ReLU. Where a batch norm stands between them, name it
+                instead: it decides what fires.
             scale: the sigma that activity is divided by: "unit" (standard deviation of each unit, Zhang et al.'s release),
                 "channel" (of each channel over its map), "auto" (per unit from 200 images), or tensors [D, H, W] or [D, 1, 1]
                 by layer name, as those of another call.
@@ -155,7 +159,8 @@ class Features:
             folder: where those files go; a temporary folder by default, deleted with the last reference.
 
         Raises:
-            ArgumentError, LayerError: wrong arguments. DataError: no image could be read, or the network gives NaN.
+            ArgumentError, LayerError: wrong arguments. DataError: no image could be read, the network gives NaN, or images are
+            too few for deviations. OSError: no room for the files.
         """
         if not layers:
             raise ArgumentError("layers: got none, wanted at least one name (net.layers() lists them)")
@@ -188,8 +193,12 @@ class Features:
                 if known is not None:
                     value = value / known[name].to(value.device)
                 else:
-                    rough.setdefault(name, max(float(value.std()), 1e-30))
-                    value = value / rough[name]
+                    peak, by = float(value.amax()), rough.get(name, 0.0)
+                    if peak > _ROOM * by:
+                        rough[name] = peak / _ROOM**0.5
+                        if by > 0:  # all before was darker by far
+                            _divide(store.maps[name][: indices[0]], torch.tensor(rough[name] / by))
+                    value = value / rough.get(name, 1.0)
                 halves = value.clamp_(min=0).to(torch.float16)
                 if not bool(torch.isfinite(halves).all()):
                     raise DataError(f"layer {name}: activity overflows half precision; give larger scales with scale={{...}}")
@@ -199,7 +208,7 @@ class Features:
         if known is None:
             known = spread.scale(str(scale), "images")
             for name, sigma in known.items():
-                _divide(store.maps[name], sigma / rough[name])
+                _divide(store.maps[name], sigma / rough.get(name, 1.0))
         features = cls(store.maps, grids, known, (net.input_shape[1], net.input_shape[2]), skipped)
         features._home = store.home
         return features
@@ -227,9 +236,23 @@ class _Store:
         (root / "features.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
         self.maps = {}
         for file, (name, shape) in zip(about, shapes.items(), strict=True):
-            path = root / file
-            path.unlink(missing_ok=True)  # who still maps an older file keeps it
-            self.maps[name] = torch.from_numpy(np.memmap(path, np.float16, "w+", shape=shape))
+            self.maps[name] = _in_file(root / file, shape)
+
+
+def _in_file(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """Float16 zeros in a new file. Its room on the disk is taken now: a mapped file that finds none later kills the process."""
+    path.unlink(missing_ok=True)  # who still maps an older file keeps it
+    size = 2 * int(np.prod(shape))
+    with path.open("wb") as file:
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+        except OSError as error:
+            path.unlink()
+            raise OSError(error.errno, f"{error.strerror} ({size / 1e9:.1f} GB of features)", str(path)) from error
+    return torch.from_numpy(np.memmap(path, np.float16, "r+", shape=shape))
 
 
 class _Spread:
@@ -258,6 +281,12 @@ class _Spread:
             if not per_unit:
                 mean, square = mean.mean((1, 2), keepdim=True), square.mean((1, 2), keepdim=True)
             sigma = (square - mean.square()).clamp(min=0).sqrt()
+            if sigma.mean() < _LEAST_DEVIATION * square.mean().sqrt():
+                what = "each unit" if per_unit else "each channel"
+                raise DataError(
+                    f"{source}: {what} of layer {name} is the same everywhere, so that there is no deviation to measure "
+                    "activity by; give more images, negatives=... or scale='channel'"
+                )
             floor = max(float(sigma.mean()) * _LEAST_SCALE, 1e-6)
             found[name] = sigma.clamp(min=floor).float()
         return found
@@ -271,7 +300,7 @@ def _given(scale: Mapping[str, Tensor], name: str, shape: tuple[int, int, int]) 
         raise ArgumentError(
             f"scale[{name!r}]: got shape {tuple(sigma.shape)}, wanted {shape} or {(shape[0], 1, 1)}, all positive"
         )
-    return sigma.float()
+    return sigma.float().cpu()
 
 
 def _counter(progress: Progress | None, total: int) -> Callable[[int], None]:
@@ -280,7 +309,7 @@ def _counter(progress: Progress | None, total: int) -> Callable[[int], None]:
     def tell(more: int) -> None:
         nonlocal done
         done += more
-        if progress is not None:
+        if progress is not None and more > 0:
             progress(done, total)
 
     return tell

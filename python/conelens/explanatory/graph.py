@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -19,6 +21,8 @@ from conelens.explanatory.fit import LayerFit, blocks, choose_candidates, first_
 from conelens.explanatory.layer import GraphLayer, Parents, Placement
 from conelens.explanatory.rules import Rules, check_order, nodes_for, preset_layers, rules_of
 from conelens.network import Network
+
+_BLOCK_CELLS = 1 << 26
 
 Progress = Callable[[str, int, int], None]
 Watch = Callable[[str, int, float], None]
@@ -99,13 +103,13 @@ class ExplanatoryGraph:
             noise: level tau of the noise component; 0.1 in the papers.
             negatives, scale, batch_size, memory: as for :meth:`Features.extract`.
             checkpoint: folder that keeps the state after every iteration; a fit that finds one there goes on from it, and ends
-                with the same graph. The finished graph is saved there.
+                with the same graph. The finished graph is saved there; files of features lie there while it learns.
             progress: called with (what, done, in all): ("features", images...), (layer name, iterations...).
             watch: called with (layer name, iteration, log-likelihood per unit of activity) after every iteration.
 
         Raises:
             ArgumentError, LayerError: wrong arguments. DataError: images without any activity, NaN.
-            CheckpointError: the checkpoint is of another fit. FitInterrupted: on Ctrl-C.
+            CheckpointError: the checkpoint is of another fit. OSError: it cannot be written. FitInterrupted: on Ctrl-C.
         """
         rules = rules_of(form, noise)
         for name, value in (("edges", edges), ("iterations", iterations)):
@@ -126,12 +130,15 @@ class ExplanatoryGraph:
                 "rules": asdict(rules),
                 "images": len(features),
                 "image_size": list(features.image_size),
+                "activity": _mean_activity(features),
             }
-            _require_activity(features)
             graph = cls({}, features.scale, settings, net) if folder is None else _resumed(folder, features, settings, net)
             _learn(graph, features, folder, progress, watch)
         except KeyboardInterrupt:
             raise FitInterrupted(folder) from None
+        finally:
+            if folder is not None and not isinstance(images, Features):
+                shutil.rmtree(folder / "features", ignore_errors=True)
         return graph
 
     # --- inference -----------------------------------------------------------------------------------------------------
@@ -152,6 +159,9 @@ class ExplanatoryGraph:
             net: the network, for a graph that was loaded without it.
             layers: those wanted; the layers above them are inferred all the same, but not kept.
             batch_size, progress: as for :meth:`fit`.
+
+        Raises:
+            ArgumentError: wrong arguments, Features of another size or scale. DataError: no image could be read, or NaN.
         """
         wanted = list(self.layers) if layers is None else [self[name].name for name in layers]
         if not isinstance(images, Features):
@@ -163,25 +173,28 @@ class ExplanatoryGraph:
             images = Features.extract(
                 net, images, list(self.layers), scale=self.scale, batch_size=batch_size, progress=of_stage(progress, "features")
             )
-        order = list(self.layers.values())[::-1]
-        for layer in order:
-            _check_fits(images, layer)
-        kept: dict[str, list[Placement]] = {name: [] for name in wanted}
-        start = 0
+        if not wanted or not len(images):
+            raise ArgumentError(f"layers and images: got {len(wanted)} and {len(images)}, wanted at least one of each")
+        order = list(self.layers)[::-1]
+        order = order[: 1 + max(map(order.index, wanted))]
+        for name in order:
+            _check_fits(images, self.layers[name], self.scale[name])
+        kept = {name: _room_for(self.layers[name], len(images)) for name in wanted}
         for start, stop in self._blocks(len(images)):
             above: tuple[GraphLayer, Tensor] | None = None
-            for layer in order[: 1 + max(order.index(self.layers[name]) for name in wanted)]:
+            for layer in map(self.layers.__getitem__, order):
                 parents = None if above is None or layer.edges is None else _parents(layer, *above)
                 features = images[layer.name][start:stop].to(layer.mean.device)
                 placement, centres = layer.place(features, parents, self.rules)
+                if not bool(torch.isfinite(placement.scores).all()):
+                    raise DataError(f"layer {layer.name}: its features hold NaN or infinity, in images {start} to {stop - 1}")
                 above = (layer, centres)
                 if layer.name in kept:
-                    kept[layer.name].append(Placement(*(each.cpu() for each in placement)))
+                    for room, found in zip(kept[layer.name], placement, strict=True):
+                        room[start:stop] = found
             if progress is not None:
                 progress("infer", stop, len(images))
-        return {
-            name: Placement(*map(torch.cat, zip(*parts, strict=True))) for name, parts in kept.items()
-        }  # fmt: skip
+        return kept
 
     def _blocks(self, images: int) -> list[tuple[int, int]]:
         largest = max(self.layers.values(), key=lambda layer: layer.sigma.numel())
@@ -198,9 +211,11 @@ class ExplanatoryGraph:
     def load(cls, folder: str | Path, net: Network | None = None) -> ExplanatoryGraph:
         """Read what :meth:`save` wrote; CheckpointError when it is no graph, or one that was not learned to its end.
 
-        ``net``: the network it was learned from, for :meth:`infer` on images.
+        ``net``: the network it was learned from, for :meth:`infer` on images; the graph comes to its device.
         """
         layers, scale, settings = storage.read(folder)
+        if net is not None:
+            layers = {name: layer.to(net.device) for name, layer in layers.items()}
         graph = cls(_ordered(layers, settings), scale, settings, net)
         if not graph.complete:
             raise CheckpointError(
@@ -215,6 +230,12 @@ class ExplanatoryGraph:
         return list(self.layers) == self.settings["layers"] and all(
             len(layer.history) == iterations and layer.mean_score > 0 for layer in self.layers.values()
         )
+
+
+def _room_for(layer: GraphLayer, images: int) -> Placement:
+    """A placement to be filled, on the CPU."""
+    scores = torch.empty(images, *layer.shape)
+    return Placement(torch.empty(*scores.shape, 2), scores, torch.empty_like(scores))
 
 
 def of_stage(progress: Progress | None, stage: str) -> Callable[[int, int], None] | None:
@@ -268,19 +289,33 @@ def _counts(features: Features, nodes_per_filter: Sequence[int] | int | None) ->
     return counts
 
 
-def _require_activity(features: Features) -> None:
+def _mean_activity(features: Features) -> list[float]:
+    """Of each layer, what also tells other images apart. DataError where there is none, or NaN."""
+    found = []
     for name in features.layers:
-        first = features[name][:64]
-        if not bool((first > 0).any()) and not bool((features[name] > 0).any()):
+        maps = features[name]
+        rows = max(1, _BLOCK_CELLS // maps[0].numel())
+        sums = (part.flatten(1).sum(1, dtype=torch.float32) for part in maps.split(rows))
+        total = sum(float(each.sum(dtype=torch.float64)) for each in sums)
+        if total == 0:
             raise DataError(f"layer {name}: no unit fires in any of the {len(features)} images; there is nothing to explain")
+        if not math.isfinite(total):
+            raise DataError(f"layer {name}: its features hold NaN or infinity, from which nothing can be learned")
+        found.append(total / maps.numel())
+    return found
 
 
-def _check_fits(features: Features, layer: GraphLayer) -> None:
-    wanted = (layer.shape[0], *layer.grid.size)
+def _check_fits(features: Features, layer: GraphLayer, scale: Tensor) -> None:
+    wanted, theirs = (layer.shape[0], *layer.grid.size), features.scale[layer.name].cpu()
     if tuple(features[layer.name].shape[1:]) != wanted or features.grids[layer.name] != layer.grid:
         raise ArgumentError(
             f"features: {layer.name} is {tuple(features[layer.name].shape[1:])}, but the graph was learned on maps {wanted}; "
             "trace the network at the size it was learned at"
+        )
+    if theirs.shape != scale.shape or not torch.allclose(theirs, scale, rtol=1e-3):
+        raise ArgumentError(
+            f"features: {layer.name} is measured by other deviations than those of the graph; give Features.extract(..., "
+            "scale=graph.scale)"
         )
 
 
@@ -300,12 +335,13 @@ def _resumed(folder: Path, features: Features, settings: dict[str, Any], net: Ne
         return ExplanatoryGraph({}, features.scale, settings, net)
     layers, scale, theirs = storage.read(folder)
     for key, value in settings.items():
-        if theirs.get(key) != value:
+        if key != "activity" and theirs.get(key) != value:
             raise CheckpointError(
                 f"{folder}: was begun with {key} {theirs.get(key)}, now {value}; use the same, or another folder"
             )
-    for name, sigma in features.scale.items():
-        if scale[name].shape != sigma.shape or not torch.allclose(scale[name], sigma, rtol=1e-3):
+    for name, sigma, now, then in zip(features.layers, features.scale.values(), settings["activity"], theirs["activity"]):
+        same = scale[name].shape == sigma.shape and torch.allclose(scale[name], sigma, rtol=1e-3)
+        if not (same and math.isclose(now, then, rel_tol=1e-4)):
             raise CheckpointError(
                 f"{folder}: was begun on other images or another network ({name} has other activity); use the same"
             )

@@ -13,9 +13,11 @@ from torch import Tensor
 from conelens import files
 from conelens.explanatory.features import Grid
 from conelens.explanatory.layer import GraphLayer
+from conelens.explanatory.rules import Rules
 
 FORMAT = "conelens.ExplanatoryGraph 1"
 FILE = "graph.safetensors"
+_SETTINGS = {"layers", "nodes_per_filter", "edges", "iterations", "seed", "rules", "images", "image_size", "activity"}
 
 
 def write(folder: str | Path, layers: dict[str, GraphLayer], scale: dict[str, Tensor], settings: dict[str, Any]) -> None:
@@ -38,9 +40,12 @@ def read(folder: str | Path) -> tuple[dict[str, GraphLayer], dict[str, Tensor], 
         tensors, (about,) = files.read_tensors(Path(folder) / FILE, FORMAT, "graph")
         layers = {name: _layer(name, held, tensors) for name, held in about["layers"].items()}
         scale = {key.split("\n")[1]: value for key, value in tensors.items() if key.startswith("scale\n")}
+        if missing := _SETTINGS - set(about["settings"]):
+            raise KeyError(*sorted(missing))
         names = about["settings"]["layers"]
         if set(scale) != set(names) or not set(layers) <= set(names):
             raise ValueError("its layers do not fit its settings")
+        Rules(**about["settings"]["rules"])
         _check_edges([layers[name] for name in names if name in layers])
     return layers, scale, about["settings"]
 
@@ -61,15 +66,20 @@ def _layer(name: str, held: dict[str, Any], tensors: dict[str, Tensor]) -> Graph
             raise ValueError(f"{key} of {name} has shape {tuple(value.shape)}")
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise ValueError(f"{key} of {name} holds NaN")
-    if (found["edges"] is None) != (found["strength"] is None):
-        raise ValueError(f"edges of {name} have no strength")
+        if value.dtype != (torch.int64 if key == "edges" else torch.float32):
+            raise ValueError(f"{key} of {name} is {value.dtype}")
+    edges, strength = found["edges"], found["strength"]
+    if (None if edges is None else edges.shape) != (None if strength is None else strength.shape):
+        raise ValueError(f"edges of {name} do not fit their strength")
     history = [float(value) for value in held["history"]]
     return GraphLayer(name, grid, **found, mean_score=float(held["mean_score"]), history=history)  # type: ignore[arg-type]
 
 
 def _check_edges(layers: list[GraphLayer]) -> None:
     for layer, above in pairwise(layers):
-        if layer.edges is not None and not bool(((layer.edges >= 0) & (layer.edges < above.sigma.numel())).all()):
+        if layer.edges is None:
+            raise ValueError(f"{layer.name} has no edges")
+        if not bool(((layer.edges >= 0) & (layer.edges < above.sigma.numel())).all()):
             raise ValueError(f"edges of {layer.name} lead to nodes that {above.name} does not have")
     if layers and layers[-1].edges is not None:
         raise ValueError(f"{layers[-1].name} is the top layer but has edges")
