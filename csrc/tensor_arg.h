@@ -71,12 +71,20 @@ class TensorArg {
     if (ndim() != wanted)
       fail(name, "has shape " + text(shape()) + ", wanted " + std::to_string(wanted) + " axes");
   }
+  // strides of axes that no step is taken along do not count
   void expect_contiguous(const char* name) const {
-    int64_t apart = 1;
-    for (int i = ndim(); i-- > 0; apart *= size(i)) {
+    for (int i = 0; i < ndim(); ++i)
       if (size(i) == 0) return;
+    int64_t apart = 1;
+    for (int i = ndim(); i-- > 0; apart *= size(i))
       if (size(i) > 1 && stride(i) != apart) fail(name, "must be contiguous");
-    }
+  }
+  // data of a packed tensor of this shape, on the device of `other`
+  void* packed(const char* name, const std::vector<int64_t>& wanted, const TensorArg& other) const {
+    expect_shape(name, wanted);
+    expect_same_device(name, other);
+    expect_contiguous(name);
+    return data();
   }
   void expect_writable(const char* name) const {
     if (read_only_) fail(name, "is read-only");

@@ -31,15 +31,12 @@ void register_collapse_parents(py::module_& m, int (*launch)(const conelens_coll
         p.images = displacement.size(0), p.parents = displacement.size(1);
         p.nodes = edges.size(0), p.edges_per_node = edges.size(1);
         const auto data = [&](const char* name, const TensorArg& tensor, const std::vector<int64_t>& shape) {
-          if (&tensor != &edges) tensor.expect_float_dtype(name, p.dtype);
-          tensor.expect_shape(name, shape);
-          tensor.expect_same_device(name, displacement);
-          tensor.expect_contiguous(name);
-          return tensor.data();
+          tensor.expect_float_dtype(name, p.dtype);
+          return tensor.packed(name, shape, displacement);
         };
         p.displacement = data("displacement", displacement, {p.images, p.parents, 2});
         p.sigma = data("sigma", sigma, {p.parents});
-        p.edges = data("edges", edges, {p.nodes, p.edges_per_node});
+        p.edges = edges.packed("edges", {p.nodes, p.edges_per_node}, displacement);
         p.shift = data("shift", shift, {p.images, p.nodes, 2});
         p.sigma_out = data("sigma_out", sigma_out, {p.nodes});
         p.log_agreement = data("log_agreement", log_agreement, {p.images, p.nodes});

@@ -22,10 +22,7 @@ void register_edge_scores(py::module_& m,
         p.images = displacement.size(0), p.nodes = displacement.size(1), p.parents = parent.size(1);
         const auto data = [&](const char* name, const TensorArg& tensor, const std::vector<int64_t>& shape) {
           tensor.expect_float_dtype(name, p.dtype);
-          tensor.expect_shape(name, shape);
-          tensor.expect_same_device(name, displacement);
-          tensor.expect_contiguous(name);
-          return tensor.data();
+          return tensor.packed(name, shape, displacement);
         };
         p.displacement = data("displacement", displacement, {p.images, p.nodes, 2});
         p.weight = data("weight", weight, {p.images, p.nodes});

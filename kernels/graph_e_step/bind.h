@@ -31,22 +31,12 @@ void register_graph_e_step(py::module_& m,
         if (p.width > 1 && features.stride(3) != 1)
           TensorArg::fail("features", "must have its columns side by side");
 
-        const auto expect = [&](const char* name, const TensorArg& x, const std::vector<int64_t>& shape) {
-          x.expect_shape(name, shape);
-          x.expect_same_device(name, features);
+        const auto expect_real = [&](const char* name, const TensorArg& x) {
           if (x.float_dtype(name) != real) TensorArg::fail(name, "has another dtype than the results");
         };
-        const auto packed = [&](const char* name, const TensorArg& x, const std::vector<int64_t>& shape) {
-          int64_t cells = 1;  // of the axes behind
-          bool side_by_side = true;
-          for (int axis = x.ndim() - 1; axis >= 0; cells *= shape[axis], --axis)
-            side_by_side &= shape[axis] == 1 || x.stride(axis) == cells;
-          if (cells > 0 && !side_by_side) TensorArg::fail(name, "must be contiguous");
-          return x.data();
-        };
         const auto input = [&](const char* name, const TensorArg& x, const std::vector<int64_t>& shape) {
-          expect(name, x, shape);
-          return packed(name, x, shape);
+          expect_real(name, x);
+          return x.packed(name, shape, features);
         };
         const auto output = [&](const char* name, const TensorArg& x, const std::vector<int64_t>& shape) {
           x.expect_writable(name);
@@ -58,17 +48,16 @@ void register_graph_e_step(py::module_& m,
         p.shift = shift ? input("shift", *shift, pairs) : nullptr;
         p.sigma = input("sigma", sigma, {p.channels, p.nodes});
         p.tau = input("tau", tau, {p.images});
-        expect("weight", weight, nodes);
+        expect_real("weight", weight);
+        weight.expect_shape("weight", nodes), weight.expect_same_device("weight", features);
         p.mass = output("mass", mass, nodes), p.first = output("first", first, pairs);
         p.second = output("second", second, nodes);
         p.log_likelihood = output("log_likelihood", log_likelihood, {p.images, p.channels});
         if (position.has_value() != score.has_value()) TensorArg::fail("position", "and score come together");
         if (position) {
           position->integer_bytes("position", {dlpack::kInt, 32, 1}, {dlpack::kInt, 32, 1});
-          position->expect_shape("position", nodes);
-          position->expect_same_device("position", features);
           position->expect_writable("position");
-          p.position = static_cast<int32_t*>(packed("position", *position, nodes));
+          p.position = static_cast<int32_t*>(position->packed("position", nodes, features));
           p.score = output("score", *score, nodes);
         }
         features.copy_strides(p.features_stride), weight.copy_strides(p.weight_stride);

@@ -186,9 +186,10 @@ def test_inputs_of_any_strides() -> None:
 def test_nothing_to_do(backend: str) -> None:
     displacement, sigma, edges = problem(4, 5, 6, 3)
     with ops.use_backend(backend):
-        found = ops.collapse_parents(displacement[:0], sigma, edges)
-        assert found.shift.shape == (0, 6, 2) and found.log_agreement.shape == (0, 6)
-        assert_same(found.sigma, ops.collapse_parents(displacement, sigma, edges).sigma)
+        for none in (displacement[:0], torch.empty(2, 5, 0).permute(2, 1, 0)):
+            found = ops.collapse_parents(none, sigma, edges)
+            assert found.shift.shape == (0, 6, 2) and found.log_agreement.shape == (0, 6)
+            assert_same(found.sigma, ops.collapse_parents(displacement, sigma, edges).sigma)
         found = ops.collapse_parents(displacement[:, :0], sigma[:0], edges[:0])
         assert [list(x.shape) for x in found] == [[4, 0, 2], [0], [4, 0]]
 
