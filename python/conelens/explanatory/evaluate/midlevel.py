@@ -103,7 +103,8 @@ def _cluster(units: Tensor, clusters: int, seed: int, mini_batch: bool) -> Tenso
         raise ArgumentError(f"clusters: got {clusters}, wanted 1..{len(directions)} (the active units there are to cluster)")
     options: dict[str, Any] = {"n_clusters": clusters, "random_state": seed, "n_init": 1}
     means = cluster.MiniBatchKMeans(batch_size=4096, **options) if mini_batch else cluster.KMeans(**options)
-    centroids = torch.from_numpy(means.fit(directions.numpy()).cluster_centers_).float()
+    # means of what is not negative; scikit-learn shifts to the middle and back, which rounds zeros to below zero
+    centroids = torch.from_numpy(means.fit(directions.numpy()).cluster_centers_).float().clamp_min(0)
     return torch.nn.functional.normalize(centroids, dim=1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from conelens.explanatory.evaluate.localisation_baselines import (
 )
 from conelens.explanatory.evaluate.midlevel import kmeans_patterns, strongest_unit_patterns
 from conelens.explanatory.evaluate.purity import purity_of_maps, purity_of_nodes
+from conelens.explanatory.evaluate.units import unit_blocks
 from conelens.explanatory.evaluate.vote import Vote
 from conelens.explanatory.features import Features
 from conelens.explanatory.graph import ExplanatoryGraph, Progress, of_stage
@@ -35,6 +37,9 @@ from conelens.landmarks import PartSet, jittered
 from conelens.network import Network
 
 RADIUS = 35.0  # pixels: half of the papers' patches
+ANNOTATED = "crops as annotated"
+SHOTS = 3  # annotated images of a part
+STRONGEST = 10  # units of an image that a baseline clusters
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ class _Crops:
     parts: PartSet
     features: Features
     placements: dict[str, Placement]
+    alone: dict[str, Placement]
     random: tuple[Features, dict[str, Placement]] | None
 
 
@@ -101,8 +107,10 @@ def evaluate(
 ) -> Study:
     """Location instability, part interpretability and few-shot localisation of a graph's nodes, beside all controls.
 
-    Only annotated images are used. Everything is shown twice: on the crops as they are, where objects lie much alike, so that
-    any fixed position is near a part; and on random views of them, of which the graph was not learned.
+    Only annotated images that can be read are used. Everything is shown twice: on the crops as they are, where objects lie much
+    alike, so that any fixed position is near a part; and on random views of them, of which the graph was not learned. Part
+    interpretability needs the extent of parts: without boxes or masks there is no table of it. A part that fewer than four
+    images show is not localised.
 
     Args:
         net, graph: the network and what was learned of it.
@@ -112,30 +120,45 @@ def evaluate(
         seed: of random views, draws and controls.
         resamples: of the bootstrap.  repeats: draws of three annotated images.
         progress: called with (what, done, in all).
+
+    Raises:
+        ArgumentError: fewer than five annotated images. DataError: none can be read, or a network gives NaN.
+        ConelensError: scikit-learn is not installed.
     """
     marked = parts.landmarks.points.isfinite().all(-1).any(1).nonzero()[:, 0].tolist()
     if len(marked) < 5:
         raise ArgumentError(f"parts: got {len(marked)} annotated images, wanted at least 5")
+    layers = list(graph.layers)
+
+    def extract(views: PartSet, title: str) -> Features:
+        return Features.extract(
+            net, views, layers, scale=graph.scale, progress=of_stage(progress, f"{title}: features")
+        ).cpu()  # fmt: skip
+
     parts = parts.take(marked)
+    annotated = extract(parts, ANNOTATED)
+    if annotated.skipped:
+        parts = parts.take([image for image in range(len(parts)) if image not in annotated.skipped])
+        annotated = extract(parts, ANNOTATED)
     tables: list[Table] = []
+    alone = {layer: _like_one(graph, annotated.only([layer]), layer, progress) for layer in layers}
     random_graph: ExplanatoryGraph | None = None
-    for title, views in (("crops as annotated", parts), ("random views", jittered(parts, seed, smallest))):
-        features = Features.extract(
-            net, views, list(graph.layers), scale=graph.scale, progress=of_stage(progress, f"{title}: features")
-        ).cpu()
+    for title, views in ((ANNOTATED, parts), ("random views", jittered(parts, seed, smallest))):
+        features = annotated if views is parts else extract(views, title)
         placements = graph.infer(features, progress=progress)
         random = None
         if random_net is not None:
             scale: Any = "auto" if random_graph is None else random_graph.scale
             noise = Features.extract(
-                random_net, views, list(graph.layers), scale=scale, progress=of_stage(progress, f"{title}: random weights")
+                random_net, views, layers, scale=scale, progress=of_stage(progress, f"{title}: random weights")
             ).cpu()
             if random_graph is None:
                 random_graph = _like(graph, noise, progress)
             random = (noise, random_graph.infer(noise, progress=progress))
-        crops = _Crops(title, views, features, placements, random)
+        single = {layer: alone[layer].infer(features.only([layer]))[layer] for layer in layers}
+        crops = _Crops(title, views, features, placements, single, random)
         tables.append(_stability(crops, graph, resamples, seed, progress))
-        if views is parts:
+        if views is parts and _have_extent(parts):
             tables.append(_purity(crops, graph, seed, progress))
         tables += _localisation(crops, graph, repeats, resamples, seed, progress)
     settings = {"images": len(parts), "seed": seed, "smallest": smallest, "resamples": resamples, "graph": graph.settings}
@@ -171,9 +194,13 @@ def _detectors(crops: _Crops, layer: str, seed: int) -> Iterator[tuple[Detector,
     nodes = _best(crops.placements, layer)
     yield nodes, _nodes(crops.placements[layer])
     yield raw_filters(features, grid), None
-    clusters = features.shape[1]
+    # as many clusters as filters, or as there are units to cluster
+    active = torch.cat([(block.amax(1) > 0).sum(1) for block in unit_blocks(features)])
+    few = min(STRONGEST, features.shape[2] * features.shape[3])
+    clusters, fewer = (min(features.shape[1], int(units.sum())) for units in (active, active.clamp(max=few)))
     yield replace(kmeans_patterns(features, grid, clusters, seed=seed), name="k-means of units"), None
-    yield replace(strongest_unit_patterns(features, grid, clusters, seed=seed), name="strongest units, clustered"), None
+    strongest = strongest_unit_patterns(features, grid, fewer, per_image=few, seed=seed)
+    yield replace(strongest, name="strongest units, clustered"), None
     if crops.random is not None:
         noise, found = crops.random
         yield replace(raw_filters(noise[layer], grid), name="random weights: filters"), None
@@ -222,12 +249,20 @@ def _count(detector: Detector) -> int:
     return detector.scores.shape[1]
 
 
+def _have_extent(parts: PartSet) -> bool:
+    """Are there boxes or masks for all parts, or are some mere points?"""
+    return not any(
+        item.masks is None and any(mark.part in parts.names and math.isnan(mark.height) for mark in item.visible())
+        for item in parts.images
+    )
+
+
 def _purity(crops: _Crops, graph: ExplanatoryGraph, seed: int, progress: Progress | None) -> Table:
     rows = []
     for number, layer in enumerate(graph.layers):
         features, grid = crops.features[layer], crops.features.grids[layer]
         filters = purity_of_maps(features, grid, crops.parts.regions, RADIUS)
-        share = float(filters.shown.mean())
+        share = max(float(filters.shown.mean()), 1 / len(features))  # on tiny maps no unit may be among the strongest
         nodes = _best(crops.placements, layer)
         detectors = [
             nodes,
@@ -254,6 +289,14 @@ def _localisation(
     crops: _Crops, graph: ExplanatoryGraph, repeats: int, resamples: int, seed: int, progress: Progress | None
 ) -> list[Table]:
     landmarks, size = crops.parts.landmarks, crops.features.image_size
+    points, boxes = instances(landmarks)
+    present = points.isfinite().all(-1)  # [N, P, G]
+    often = (present.any(2).sum(0) > SHOTS).nonzero()[:, 0]
+    if not len(often):
+        return []
+    points, boxes, present = points[:, often], boxes[:, often], present[:, often]
+    names = [landmarks.names[part] for part in often.tolist()]
+    have_boxes = bool((boxes.isfinite().all(-1) | ~present).all())
     features, grids = crops.features, crops.features.grids
     layers = list(graph.layers)
 
@@ -262,14 +305,10 @@ def _localisation(
         return Vote(Detector(name, positions, scores), size)
 
     found = votes("nodes of the graph", [_nodes(crops.placements[layer]) for layer in layers])
-    alone = []
-    for layer in layers:  # mixtures of every filter, without edges
-        single = features.only([layer])
-        alone.append(_nodes(_like_one(graph, single, layer, progress).infer(single)[layer]))
     methods: list[Method] = [
         found,
         votes("raw filters, the same vote", [raw_filters(features[layer], grids[layer]) for layer in layers]),
-        votes("patterns without a graph", alone),
+        votes("patterns without a graph", [_nodes(crops.alone[layer]) for layer in layers]),
         votes("nodes, another image's evidence", [without_evidence(found.detector, seed)]),
         MeanPosition(len(crops.parts)),
         ImageCentre(len(crops.parts), size),
@@ -278,7 +317,7 @@ def _localisation(
         methods.append(votes("random weights: nodes", [_nodes(crops.random[1][layer]) for layer in layers]))
     for layer in dict.fromkeys((layers[-1], layers[0])):
         for kind in (LinearProbe, LocalTemplate):
-            if kind is LinearProbe and not bool(landmarks.boxes.isfinite().any()):
+            if kind is LinearProbe and not have_boxes:
                 continue  # parts that are points have no units of their own
             methods.append(_named(kind(features[layer], grids[layer]), layer))
         methods += [
@@ -286,13 +325,14 @@ def _localisation(
             _named(NearestNeighbour(features[layer], pooled=True), layer),
             _named(GlobalRidge(features[layer], size), layer),
         ]
-    result = localise(methods, *instances(landmarks), landmarks.names, size, repeats=repeats, seed=seed)
+    result = localise(methods, points, boxes, names, size, shots=SHOTS, repeats=repeats, seed=seed)
     if progress is not None:
         progress(f"{crops.title}: localisation", 1, 1)
     return [_localisation_table(crops.title, result, found.name, resamples, seed)]
 
 
 def _like_one(graph: ExplanatoryGraph, features: Features, layer: str, progress: Progress | None) -> ExplanatoryGraph:
+    """Mixtures of every filter of a layer, without edges."""
     return ExplanatoryGraph.fit(
         None, features, nodes_per_filter=graph[layer].shape[1], iterations=graph.settings["iterations"],
         seed=graph.settings["seed"], form=graph.rules, progress=progress,
