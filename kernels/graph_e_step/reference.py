@@ -10,6 +10,11 @@ from torch import Tensor
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
+def real_dtype(features: Tensor) -> torch.dtype:
+    """Of everything but the features, which may be halves."""
+    return torch.float64 if features.dtype == torch.float64 else torch.float32
+
+
 def graph_e_step(
     features: Tensor,
     mean: Tensor,
@@ -26,7 +31,7 @@ def graph_e_step(
     the last two are empty without argmax.
     """
     height, width = features.shape[2:]
-    real = torch.float64 if features.dtype == torch.float64 else torch.float32
+    real = real_dtype(features)
     activity = features.to(real).clamp(min=0)
     centre = mean.to(real) if shift is None else mean.to(real) + shift.to(real)
     y = grid[0] + grid[2] * torch.arange(height, dtype=real, device=features.device)
@@ -54,7 +59,7 @@ def graph_e_step(
 def empty_results(features: Tensor, nodes: int, argmax: bool) -> Results:
     """Room for them; position and score are empty without an arg-max."""
     maps = features.shape[:2]
-    real = torch.float64 if features.dtype == torch.float64 else torch.float32
+    real = real_dtype(features)
     of_nodes = (*maps, nodes)
     chosen = of_nodes if argmax else (0,)
     mass, second, score = (features.new_empty(shape, dtype=real) for shape in (of_nodes, of_nodes, chosen))

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from conelens._native import Native
@@ -81,10 +80,6 @@ def _kind(x: Any) -> str:
     return f"{type(x).__name__} of {len(x)}" if isinstance(x, tuple | list) else type(x).__name__
 
 
-def _real(features: Tensor) -> torch.dtype:
-    return torch.float64 if features.dtype == torch.float64 else torch.float32
-
-
 def _check_nodes(features: Tensor, mean: Any, shift: Any, sigma: Any, weight: Any, tau: Any) -> Tensor:
     """All of one number of nodes; -> tau as a tensor."""
     images, channels = features.shape[:2]
@@ -92,7 +87,7 @@ def _check_nodes(features: Tensor, mean: Any, shift: Any, sigma: Any, weight: An
         raise ArgumentError(f"sigma must be a tensor [D,K], got {getattr(sigma, 'shape', sigma)!r}")
     nodes = sigma.shape[1]
     if isinstance(tau, int | float):
-        tau = features.new_full((images,), tau, dtype=_real(features))
+        tau = features.new_full((images,), tau, dtype=reference.real_dtype(features))
     tensors = {
         "sigma": (sigma, (channels, nodes)),
         "mean": (mean, (channels, nodes, 2)),
@@ -102,7 +97,7 @@ def _check_nodes(features: Tensor, mean: Any, shift: Any, sigma: Any, weight: An
     if shift is not None:
         tensors["shift"] = (shift, (images, channels, nodes, 2))
     for name, (x, shape) in tensors.items():
-        arguments.check_like(x, name, features, "features", shape=shape, dtype=_real(features))
+        arguments.check_like(x, name, features, "features", shape=shape, dtype=reference.real_dtype(features))
     return tau
 
 
