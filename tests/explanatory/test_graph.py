@@ -212,6 +212,32 @@ def test_ctrl_c_says_where_it_goes_on(features: Features, tmp_path: Path) -> Non
         ExplanatoryGraph.fit(None, features, nodes_per_filter=3, watch=interrupt)
 
 
+def test_ctrl_c_among_the_features_leaves_nothing_behind(net: conelens.Network, tmp_path: Path) -> None:
+    def interrupt(what: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(FitInterrupted, match="nothing was learned yet"):
+        ExplanatoryGraph.fit(net, planted(6).images, LAYERS, 3, memory=0, checkpoint=tmp_path, progress=interrupt)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_says_so_before_the_work(
+    net: conelens.Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = os.mkdir
+
+    def mkdir(path: str, mode: int = 0o777) -> None:
+        if Path(path).parent == tmp_path:
+            raise PermissionError(13, "Permission denied", str(path))
+        make(path, mode)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    told: list[tuple[str, int, int]] = []
+    with pytest.raises(PermissionError, match="Permission denied"):
+        ExplanatoryGraph.fit(net, planted(6).images, LAYERS, 3, checkpoint=tmp_path, progress=lambda *x: told.append(x))
+    assert not told
+
+
 def test_another_fit_is_not_continued(features: Features, net: conelens.Network, tmp_path: Path) -> None:
     arguments = {"nodes_per_filter": 3, "edges": 4, "iterations": 1, "checkpoint": tmp_path}
     ExplanatoryGraph.fit(None, features, **arguments)  # type: ignore[arg-type]

@@ -73,8 +73,9 @@ def grid_of(net: Network, layer: str) -> Grid:
 class Features:
     """Normalised activity F = max(x, 0) / sigma of some layers over N images: ``features[layer]`` [N, D, H, W] float16.
 
-    ``scale[layer]``: the sigma it was divided by, float32 [D, H, W] (per unit) or [D, 1, 1] (per channel); ``grids[layer]``:
-    where the cells lie. Images that could not be read have no activity; ``skipped`` names them.
+    ``scale[layer]``: the sigma it was divided by, float32 [D, H, W] (per unit) or [D, 1, 1] (per channel), on the CPU.
+    ``grids[layer]``: where the cells lie. ``image_size``: (height, width) of the network's input in pixels. Images that could
+    not be read have no activity; ``skipped`` names them.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Features:
     ) -> None:
         self.maps = dict(maps)
         self.grids = {name: grids[name] for name in maps}
-        self.scale = {name: scale[name] for name in maps}
+        self.scale = {name: scale[name].cpu() for name in maps}
         self.image_size = image_size
         self.skipped = list(skipped)
         self.layers = list(maps)
@@ -300,7 +301,7 @@ def _given(scale: Mapping[str, Tensor], name: str, shape: tuple[int, int, int]) 
         raise ArgumentError(
             f"scale[{name!r}]: got shape {tuple(sigma.shape)}, wanted {shape} or {(shape[0], 1, 1)}, all positive"
         )
-    return sigma.float().cpu()
+    return sigma.float()
 
 
 def _counter(progress: Progress | None, total: int) -> Callable[[int], None]:

@@ -29,14 +29,15 @@ Watch = Callable[[str, int, float], None]
 
 
 class FitInterrupted(KeyboardInterrupt):
-    """Ctrl-C during a fit; ``folder`` holds what is done, if a checkpoint was asked for."""
+    """Ctrl-C during a fit; ``folder`` holds what was learned, if a checkpoint was asked for and there is something to keep."""
 
     def __init__(self, folder: Path | None) -> None:
-        kept = (
-            "nothing was kept; fit with checkpoint=FOLDER to be able to go on"
-            if folder is None
-            else f"{folder} goes on from here"
-        )
+        if folder is None:
+            kept = "nothing was kept; fit with checkpoint=FOLDER to be able to go on"
+        elif (folder / storage.FILE).exists():
+            kept = f"{folder} goes on from here"
+        else:
+            kept = "nothing was learned yet"
         super().__init__(f"interrupted; {kept}")
         self.folder = folder
 
@@ -116,10 +117,12 @@ class ExplanatoryGraph:
             if value < 1:
                 raise ArgumentError(f"{name}: got {value}, wanted at least 1")
         folder = None if checkpoint is None else Path(checkpoint)
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+        room = None if folder is None or isinstance(images, Features) else folder / "features"
+        for needed in (folder, room):
+            if needed is not None:
+                needed.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written says so before the work
         try:
-            features = _features(net, images, layers, scale, negatives, batch_size, memory, folder, progress)
+            features = _features(net, images, layers, scale, negatives, batch_size, memory, room, progress)
             counts = _counts(features, nodes_per_filter)
             settings = {
                 "layers": features.layers,
@@ -137,8 +140,8 @@ class ExplanatoryGraph:
         except KeyboardInterrupt:
             raise FitInterrupted(folder) from None
         finally:
-            if folder is not None and not isinstance(images, Features):
-                shutil.rmtree(folder / "features", ignore_errors=True)
+            if room is not None:
+                shutil.rmtree(room, ignore_errors=True)
         return graph
 
     # --- inference -----------------------------------------------------------------------------------------------------
@@ -268,7 +271,7 @@ def _features(
     check_order(net, names)
     return Features.extract(
         net, images, names, scale=scale, negatives=negatives, batch_size=batch_size, memory=memory,
-        folder=None if folder is None else folder / "features", progress=of_stage(progress, "features"),
+        folder=folder, progress=of_stage(progress, "features"),
     )  # fmt: skip
 
 
@@ -306,7 +309,7 @@ def _mean_activity(features: Features) -> list[float]:
 
 
 def _check_fits(features: Features, layer: GraphLayer, scale: Tensor) -> None:
-    wanted, theirs = (layer.shape[0], *layer.grid.size), features.scale[layer.name].cpu()
+    wanted, theirs = (layer.shape[0], *layer.grid.size), features.scale[layer.name]
     if tuple(features[layer.name].shape[1:]) != wanted or features.grids[layer.name] != layer.grid:
         raise ArgumentError(
             f"features: {layer.name} is {tuple(features[layer.name].shape[1:])}, but the graph was learned on maps {wanted}; "

@@ -141,7 +141,7 @@ def evaluate(
         parts = parts.take([image for image in range(len(parts)) if image not in annotated.skipped])
         annotated = extract(parts, ANNOTATED)
     tables: list[Table] = []
-    alone = {layer: _like_one(graph, annotated.only([layer]), layer, progress) for layer in layers}
+    alone = {layer: _like_one(graph, net, annotated.only([layer]), layer, progress) for layer in layers}
     random_graph: ExplanatoryGraph | None = None
     for title, views in ((ANNOTATED, parts), ("random views", jittered(parts, seed, smallest))):
         features = annotated if views is parts else extract(views, title)
@@ -153,7 +153,7 @@ def evaluate(
                 random_net, views, layers, scale=scale, progress=of_stage(progress, f"{title}: random weights")
             ).cpu()
             if random_graph is None:
-                random_graph = _like(graph, noise, progress)
+                random_graph = _like(graph, random_net, noise, progress)
             random = (noise, random_graph.infer(noise, progress=progress))
         single = {layer: alone[layer].infer(features.only([layer]))[layer] for layer in layers}
         crops = _Crops(title, views, features, placements, single, random)
@@ -165,11 +165,11 @@ def evaluate(
     return Study(tables, settings)
 
 
-def _like(graph: ExplanatoryGraph, features: Features, progress: Progress | None) -> ExplanatoryGraph:
+def _like(graph: ExplanatoryGraph, net: Network, features: Features, progress: Progress | None) -> ExplanatoryGraph:
     """A graph of other features, learned with the settings of this one."""
     counts = [graph[name].shape[1] for name in features.layers]
     return ExplanatoryGraph.fit(
-        None, features, nodes_per_filter=counts, edges=graph.settings["edges"], iterations=graph.settings["iterations"],
+        net, features, nodes_per_filter=counts, edges=graph.settings["edges"], iterations=graph.settings["iterations"],
         seed=graph.settings["seed"], form=graph.rules, progress=progress,
     )  # fmt: skip
 
@@ -331,10 +331,12 @@ def _localisation(
     return [_localisation_table(crops.title, result, found.name, resamples, seed)]
 
 
-def _like_one(graph: ExplanatoryGraph, features: Features, layer: str, progress: Progress | None) -> ExplanatoryGraph:
+def _like_one(
+    graph: ExplanatoryGraph, net: Network, features: Features, layer: str, progress: Progress | None
+) -> ExplanatoryGraph:
     """Mixtures of every filter of a layer, without edges."""
     return ExplanatoryGraph.fit(
-        None, features, nodes_per_filter=graph[layer].shape[1], iterations=graph.settings["iterations"],
+        net, features, nodes_per_filter=graph[layer].shape[1], iterations=graph.settings["iterations"],
         seed=graph.settings["seed"], form=graph.rules, progress=progress,
     )  # fmt: skip
 
