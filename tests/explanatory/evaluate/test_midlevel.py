@@ -73,11 +73,11 @@ def test_patterns_by_the_letter(make: object) -> None:
     everything = [np.arange(30)] * 6
     if make is kmeans_patterns:
         found = kmeans_patterns(torch.from_numpy(features), GRID, 5)
-        means = MiniBatchKMeans(5, batch_size=4096, random_state=0, n_init=1)
+        means = MiniBatchKMeans(5, batch_size=4096, random_state=0, n_init=1, init="random")
         expected = by_scikit_learn(features, everything, means, everything)
     else:
         found = strongest_unit_patterns(torch.from_numpy(features), GRID, 5, per_image=7)
-        expected = by_scikit_learn(features, strongest, KMeans(5, random_state=0, n_init=1), strongest)
+        expected = by_scikit_learn(features, strongest, KMeans(5, random_state=0, n_init=1, init="random"), strongest)
     for i, c, cell, score in expected:
         assert found.positions[i, c].tolist() == [7.5 + 16 * (cell // 6), 3.5 + 8 * (cell % 6)]
         assert found.scores[i, c] == pytest.approx(score, rel=1e-5)
