@@ -67,7 +67,7 @@ def graph_page(
         tables: (title, header, rows) of experiments, shown first.
         images: indices for the heat maps; None: six, spread over the data set.
         layers: whose nodes are shown; None: of all.
-        nodes: strongest nodes shown per layer, at most two of one filter.
+        nodes: strongest nodes shown per layer, one of a filter.
         patches: per node; ``side`` of each, in pixels of the network's input.
         root: a node that is drawn with what it is made of; None: the two top nodes with most of it.
 
@@ -90,7 +90,7 @@ def graph_page(
         drawings.append(_figure(f"below_{'_'.join(map(str, upper))}", below, told))
     page.sections.append(Section("The graph", _DRAWN, drawings))
     for name in shown:
-        best = rank_nodes(placements, name, nodes, per_filter=2)
+        best = rank_nodes(placements, name, nodes, per_filter=1)
         if best:
             sheet = patch_sheet(top_patches(dataset, placements, best, count=patches, side=side))
             page.sections.append(Section(f"Nodes of {name}", _NODES, [Figure(f"nodes_{safe_name(name)}", sheet)]))

@@ -64,8 +64,9 @@ def strongest_unit_patterns(
     """Clusters of the directions of each image's strongest units.
 
     The strongest units of an image are the ``per_image`` cells whose feature vectors are longest (Euclidean norm over the
-    channels, the first of equals). Those of all ``train`` images are brought to length 1 and clustered by k-means (Lloyd). In an image, a cluster stands at the one *of its strongest units* with the largest cosine and scores
-    cosine x length. Arguments, result and errors as :func:`kmeans_patterns`.
+    channels, the first of equals). Those of all ``train`` images are brought to length 1 and clustered by k-means (Lloyd).
+    In an image, a cluster stands at the one *of its strongest units* with the largest cosine and scores cosine x length.
+    Arguments, result and errors as :func:`kmeans_patterns`.
     """
     check_features(features)
     if not 1 <= per_image <= features.shape[2] * features.shape[3]:
