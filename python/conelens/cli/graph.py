@@ -112,7 +112,9 @@ def draw(
     layer: Annotated[str | None, typer.Option(help="Whose nodes are shown. Default: each layer's.")] = None,
     nodes: Annotated[int, typer.Option(help="Strongest nodes shown of a layer.")] = 20,
     patches: Annotated[int, typer.Option(help="Best images of each node.")] = 9,
-    side: Annotated[int, typer.Option(help="Of a patch, in pixels of the network's input.")] = 70,
+    side: Annotated[
+        int | None, typer.Option(help="Of a patch, in pixels of the network's input. Default 70; 60 where the form is release.")
+    ] = None,
     root: Annotated[str | None, typer.Option(help="Draw what this node is made of: LAYER/FILTER/NODE.")] = None,
     graphml: Annotated[bool, typer.Option("--graphml", help="Also write graph.graphml, for other tools.")] = False,
     synthesis: Annotated[

@@ -46,7 +46,7 @@ class DrawJob:
 
     @classmethod
     def prepare(
-        cls, fitted: Fitted, images: Path, layer: str | None, nodes: int, patches: int, side: int, root: str | None,
+        cls, fitted: Fitted, images: Path, layer: str | None, nodes: int, patches: int, side: int | None, root: str | None,
         steps: int | None,
     ) -> DrawJob:  # fmt: skip
         """Check the options against the graph. ArgumentError says what does not fit."""
@@ -56,7 +56,7 @@ class DrawJob:
         if layer is not None:
             fitted.graph[layer]
         chosen = None if root is None else find_node(fitted, root)
-        return cls(fitted, images, layer, nodes, patches, side, chosen, steps)
+        return cls(fitted, images, layer, nodes, patches, side or fitted.graph.rules.patch, chosen, steps)
 
     def write(self, out: Path, batch_size: int) -> Path:
         """Place the graph on the photographs and write pictures and, where Jinja2 is there, the report."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -125,8 +124,6 @@ class FitJob:
         except KeyboardInterrupt:
             where = "begins again" if watch.reached is None else "goes on after iteration {1} of {0}".format(*watch.reached)
             raise KeyboardInterrupt(f"the same command {where}") from None
-        finally:
-            shutil.rmtree(out / "features", ignore_errors=True)
 
     def _kept(self, out: Path) -> ExplanatoryGraph | None:
         """What was learned in ``out``, whole or in part. ArgumentError where that is of another fit."""

@@ -131,12 +131,16 @@ def test_local_templates_by_loops() -> None:
         np.testing.assert_allclose(found[i].numpy(), best[1], rtol=1e-5)
 
 
+def test_a_probe_with_nothing_to_tell_apart_answers_the_mean_position() -> None:
+    features, part, _ = scenes()
+    found = LinearProbe(features, GRID).locate(part._replace(boxes=torch.tensor([[0.0, 0, 96, 96]]).expand(3, 4)))
+    assert torch.equal(found, part.points.float().mean(0).expand(len(features), 2))
+
+
 def test_refusals() -> None:
     features, part, _ = scenes()
     with pytest.raises(ArgumentError, match="extent of the part"):
         LinearProbe(features, GRID).locate(part._replace(boxes=part.boxes * torch.nan))
-    with pytest.raises(ArgumentError, match="cover every unit"):
-        LinearProbe(features, GRID).locate(part._replace(boxes=torch.tensor([[0.0, 0, 96, 96]]).expand(3, 4)))
     for make in (lambda: LinearProbe(features, GRID, penalty=0.0), lambda: GlobalRidge(features, SIZE, penalty=-1.0)):
         with pytest.raises(ArgumentError, match="penalty"):
             make()

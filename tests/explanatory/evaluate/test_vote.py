@@ -167,5 +167,8 @@ def test_refusals() -> None:
     with pytest.raises(ArgumentError, match="sigma"):
         Vote(detector, SIZE, sigma=0.0)
     detector.scores[4] = 0
-    with pytest.raises(ArgumentError, match="no pattern scores on annotated image 4"):
-        Vote(detector, SIZE).locate(annotation([0, 4], [(40.0, 60.0), (70.0, 30.0)]))
+    vote = Vote(detector, SIZE)
+    with pytest.raises(ArgumentError, match=r"no pattern scores on annotated images \[4\]"):
+        vote.locate(annotation([4], [(70.0, 30.0)]))
+    both = vote.locate(annotation([0, 4], [(40.0, 60.0), (70.0, 30.0)]))  # the dark one gives no template
+    assert both.shape == (len(detector.scores), 2) and torch.allclose(both[0], torch.tensor([40.0, 60.0]), atol=1)

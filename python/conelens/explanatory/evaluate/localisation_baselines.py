@@ -93,6 +93,7 @@ class LinearProbe:
 
     Examples are all units of the annotated images, their feature vectors brought to length 1; a unit is of the part when its
     centre lies in the annotated box (where no centre does, the unit nearest to the part's centre). Both classes weigh the same.
+    Boxes that cover every unit leave nothing to tell apart: then the mean annotated centre.
     Closed form with an intercept; the penalty is relative to the mean eigenvalue of the weighted covariance.
     """
 
@@ -109,10 +110,12 @@ class LinearProbe:
                 "linear probe: got a part without boxes, wanted one with the extent of the part; leave the method out"
             )
         direction = self._fit(part)
+        if direction is None:
+            return part.points.float().mean(0).expand(len(self.features), 2)
         # the intercept is the same for all units
         return self.places[_strongest(self.features, direction[None])[0]]
 
-    def _fit(self, part: Annotation) -> Tensor:
+    def _fit(self, part: Annotation) -> Tensor | None:
         units = normalize(_of(self.features, part.images), dim=1).transpose(1, 2).double()  # [T,cells,D]
         boxes = part.boxes[:, None]
         of_part = ((self.places >= boxes[..., :2]) & (self.places <= boxes[..., 2:])).all(2)
@@ -121,7 +124,7 @@ class LinearProbe:
         of_part[missed, nearest[missed]] = True
         of_part = of_part.flatten()
         if bool(of_part.all()):
-            raise ArgumentError("linear probe: got boxes that cover every unit, wanted some units outside of the part")
+            return None
         examples, label = units.flatten(0, 1), torch.where(of_part, 1.0, -1.0).double()
         weight = torch.where(of_part, 0.5 / of_part.sum(), 0.5 / (~of_part).sum()).double()
         centred = examples - weight @ examples

@@ -63,8 +63,18 @@ class Vote:
         return self.detector.name
 
     def locate(self, part: Annotation) -> Tensor:
-        """Centre of the part in every image, [N,2] pixels. ArgumentError where no pattern scores on an annotated image."""
-        templates = [self._template(int(image), point, part.images) for image, point in zip(part.images, part.points)]
+        """Centre of the part in every image, [N,2] pixels; an annotated image where no pattern scores gives no template.
+
+        ArgumentError where that is so in all of them.
+        """
+        lit = (self.detector.scores[part.images] > 0).any(1).tolist()
+        if not any(lit):
+            raise ArgumentError(
+                f"detector {self.name!r}: no pattern scores on annotated images {part.images.tolist()}; annotate others, or "
+                "use a detector with more patterns"
+            )
+        annotated = [pair for pair, seen in zip(zip(part.images, part.points, strict=True), lit, strict=True) if seen]
+        templates = [self._template(int(image), point, part.images) for image, point in annotated]
         best = torch.stack([share for _, share in templates]).max(0)
         places = torch.stack([place for place, _ in templates])
         chosen = places[best.indices, torch.arange(places.shape[1])]
@@ -75,11 +85,6 @@ class Vote:
         score = self.detector.scores[image] / self._usual
         order = score.sort(descending=True, stable=True).indices[: self.candidates]
         order = order[score[order] > 0]
-        if not len(order):
-            raise ArgumentError(
-                f"detector {self.name!r}: no pattern scores on annotated image {image}; annotate another image, "
-                "or use a detector with more patterns"
-            )
         positions = self.detector.positions[:, order].float()
         votes = positions + (point.float() - positions[image])
         heights = self.detector.scores[:, order].float() / self._usual[order]
