@@ -328,9 +328,7 @@ def step_case(side: int, *, shifted: bool = True, lit: float = 1.0, argmax: bool
         ),  # ties fall as rounding has it
         floor=lambda i: Floor("flops", 6.0 * i.features[0, 0].numel() * i.weight.numel()),
         tolerance=1e-5,
-        targets=(Target("conelens", 3.0, ("bmm", "bmm, stacked", "torch.compile")),)
-        if shifted and lit == 1 and not argmax
-        else (),
+        targets=(Target("conelens", 3.0, ("bmm",)),) if shifted and lit == 1 and not argmax else (),
         check_inputs=lambda: _step_inputs(side, 1, shifted, lit, argmax),
         check_part=1 / images,
     )

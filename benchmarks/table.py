@@ -202,9 +202,17 @@ def rate(seconds: float) -> str:
 # --- the command ----------------------------------------------------------------------------------
 
 
+def updated(kept: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+    """The kept results with the measured cases in their places, new ones last. Shares of limits are of the kept run's machine."""
+    measured = {(case["section"], case["name"]): case for case in results["cases"]}
+    cases = [measured.pop((case["section"], case["name"]), case) for case in kept["cases"]]
+    return {**kept, "cases": [*cases, *measured.values()]}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", metavar="REGEX", help='cases whose "section | name" matches')
+    parser.add_argument("--update", action="store_true", help="with --only: put these cases' rows into the kept table")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile-seconds", type=float, default=90, help="limit for each torch.compile")
     parser.add_argument("--statistic", choices=("median", "min"), default="median", help="min for a busy machine")
@@ -215,9 +223,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results = json.loads(RESULTS.read_text())
     else:
         results = measure(options.only, options.threads, options.compile_seconds)
+    if options.only and options.update:
+        results = updated(json.loads(RESULTS.read_text()), results)
     table = render(results, options.statistic)
     print(table)
-    if not options.only:
+    if options.update or not options.only:
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
         TABLE.write_text(table)
