@@ -304,6 +304,15 @@ def test_one_file_one_layer_and_json(room: Path, tmp_path: Path) -> None:
     one_line_error(run("graph", "infer", "graph", "photos", "--layers", "3", "--out", out), 2, "'3'", "0, 2")
     one_line_error(run("graph", "infer", "graph", "photos", "--table", "t.txt", "--out", out), 2, "--table is t.txt", ".json")
     one_line_error(run("graph", "infer", "photos", "photos", "--out", out), 1, "photos: no graph of `conelens graph fit`")
+    a_file = run("graph", "infer", "graph_nets.py", "photos", "--out", out)
+    one_line_error(a_file, 1, "graph_nets.py: it is a file, not a folder of `conelens graph fit`")
+
+
+def test_a_fit_stopped_before_its_first_iteration_says_so(room: Path, tmp_path: Path) -> None:
+    (tmp_path / "fit.json").write_text((room / "graph" / "fit.json").read_text())
+    for command in (("infer", tmp_path, "photos"), ("draw", tmp_path, "photos"), ("evaluate", tmp_path, "--parts", "parts")):
+        result = run("graph", *command, "--out", tmp_path / "out.safetensors")
+        one_line_error(result, 1, "not finished its first step", "the same `conelens graph fit` again")
 
 
 def test_other_weights_than_those_of_the_fit_are_refused(room: Path, tmp_path: Path) -> None:
@@ -313,7 +322,8 @@ def test_other_weights_than_those_of_the_fit_are_refused(room: Path, tmp_path: P
     for number, name in ((1, "mine"), (2, "theirs")):
         save_file(graph_nets.net(number).state_dict(), tmp_path / f"{name}.safetensors")
     command = ("graph", "infer", "graph", "photos/00.png", "--out", tmp_path / "a.safetensors")
-    one_line_error(run(*command, "--weights", tmp_path / "theirs.safetensors"), 2, "other weights", "--weights")
+    theirs = run(*command, "--weights", tmp_path / "theirs.safetensors")
+    one_line_error(theirs, 2, "error: the graph was fitted with other weights", "--weights")
     assert run(*command, "--weights", tmp_path / "mine.safetensors").exit_code == 0
     moved = tmp_path / "graph"
     assert run(*FIT, "--weights", tmp_path / "mine.safetensors", "--out", moved).exit_code == 0
@@ -417,12 +427,17 @@ def test_the_sheet_is_written_and_ratings_are_read_back(room: Path, tmp_path: Pa
     files = SheetFiles(tmp_path / "sheet.html", tmp_path / "sheet.html.key.json")
     assert str(files.page) in result.stderr and str(files.key) in result.stderr
     ratings = rate(files, {"node": 9, "filter": 3})
-    read = run("graph", "evaluate", "--ratings", ratings, "--key", files.key)
+    out = tmp_path / "people"
+    read = run("graph", "evaluate", "--ratings", ratings, "--key", files.key, "--out", out)
     assert read.exit_code == 0, read.output
+    assert json.loads((out / "ratings.json").read_text())["tables"][0]["rows"][0] == ["nodes", "1.000", "[1.000, 1.000]"]
+    assert "| nodes | 1.000 |" in (out / "ratings.md").read_text() and str(out / "ratings.md") in read.stderr
     lines = [line.split() for line in read.stdout.splitlines()]
     assert ["nodes", "1.000", "[1.000,", "1.000]"] in lines
     assert ["nodes", "minus", "filters", "+0.667", "[0.667,", "0.667]"] in lines
     one_line_error(run("graph", "evaluate", "--ratings", ratings), 2, "--key is not given")
+    one_line_error(run("graph", "evaluate", "--ratings", "nope.json"), 1, "nope.json: no such file")
+    one_line_error(run("graph", "evaluate", "--ratings", ratings, "--key", "gone.json"), 1, "gone.json: no such file")
     one_line_error(run("graph", "evaluate", "--ratings", files.key, "--key", files.key), 1, "not a file of the format")
 
 

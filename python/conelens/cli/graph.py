@@ -12,7 +12,7 @@ from rich.markup import escape
 from conelens.cli import console
 from conelens.cli.console import OUT, guarded, say
 from conelens.cli.options import BatchSize, Device, InputSize, Mean, ModelOption, Policy, Scale, Std, Weights
-from conelens.errors import ArgumentError
+from conelens.errors import ArgumentError, DataError
 
 commands = typer.Typer(
     name="graph",
@@ -158,7 +158,7 @@ def evaluate(
 ) -> None:
     """Compare the nodes with parts that people marked, beside raw filters and other controls."""
     if ratings:
-        _read_back(ratings, key)
+        _read_back(ratings, key, out)
         return
     if graph is None or parts is None:
         raise ArgumentError("DIR and --parts are not both given, wanted the folder of a graph and a data set with marked parts")
@@ -181,9 +181,16 @@ def evaluate(
     say(f"written: {escape(str(job.write(study, out)))}")
 
 
-def _read_back(ratings: Sequence[Path], key: Path | None) -> None:
-    from conelens.cli.graph_study import ratings_table
+def _read_back(ratings: Sequence[Path], key: Path | None, out: Path) -> None:
+    from conelens.cli.graph_study import rated
 
+    for path in ratings if key is None else [*ratings, key]:
+        if not path.is_file():
+            raise DataError(f"{path}: no such file")
     if key is None:
         raise ArgumentError("--key is not given, wanted the file that was written beside the rated page")
-    OUT.print(str(ratings_table(ratings, key)), markup=False)
+    console.writable(out)
+    study = rated(ratings, key)
+    OUT.print(str(study.tables[0]), markup=False)
+    with console.writing(out):
+        say(f"written: {escape(str(study.save(out, 'ratings')))}")

@@ -104,13 +104,14 @@ class StudyJob:
             )  # fmt: skip
 
 
-def ratings_table(ratings: Sequence[Path], key: Path) -> Table:
-    """Purity by people, from the files that the rating page saved."""
+def rated(ratings: Sequence[Path], key: Path) -> Study:
+    """Purity by people, from the files that the rating page saved, as a table."""
     found = read_ratings(ratings, key)
     means = {"nodes": found.nodes, "filters": found.filters, "nodes minus filters": found.difference}
     rows = [[name, f"{m.estimate:+.3f}" if "minus" in name else f"{m.estimate:.3f}", _bounds(m)] for name, m in means.items()]
     note = f"{len(found.shares)} pairs of a node and its filter: share of a row's regions that show one part, mean over rows."
-    return Table("Purity, as people see it", ["detector", "purity", "95 %"], rows, note)
+    table = Table("Purity, as people see it", ["detector", "purity", "95 %"], rows, note)
+    return Study([table], {"ratings": [str(path) for path in ratings], "key": str(key)})
 
 
 def _bounds(value: Interval) -> str:

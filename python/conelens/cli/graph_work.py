@@ -202,6 +202,8 @@ def forget(out: Path) -> None:
 # ----------------------------------------------------------------------------------------- a graph that was fitted
 def read_note(folder: Path) -> dict[str, Any]:
     """What `conelens graph fit` noted of itself. CheckpointError where it noted nothing, or something unknown."""
+    if folder.is_file():
+        raise CheckpointError(f"{folder}: it is a file, not a folder of `conelens graph fit`")
     try:
         note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
         if note["format"] != FORMAT or not {"model", "weights", "input", "policy", "source"} <= set(note):
@@ -228,6 +230,8 @@ class Fitted:
             CheckpointError: no graph, or one that is not finished. ArgumentError: the weights are gone, or are others.
         """
         note = read_note(folder)
+        if not (folder / storage.FILE).exists():
+            raise CheckpointError(f"{folder}: this fit has not finished its first step; run the same `conelens graph fit` again")
         graph = ExplanatoryGraph.load(folder)
         if weights is None and note["weights"] is not None:
             weights = Path(note["weights"])
@@ -265,8 +269,8 @@ def _recipe(folder: Path, held: Mapping[str, Any]) -> Preprocess:
 def _require_weights(folder: Path, source: str, model: LoadedModel) -> None:
     if names := differing(source, model_fingerprint(model)):
         raise ArgumentError(
-            f"{folder} was fitted with other {', '.join(names)} than {model.name} has now, its nodes would mean nothing; give "
-            "the file it was fitted with as --weights, or fit anew"
+            f"the graph was fitted with other {', '.join(names)}: {folder} would mean nothing with those {model.name} has now; "
+            "give the file it was fitted with as --weights, or fit anew"
         )
 
 

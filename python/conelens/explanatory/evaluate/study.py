@@ -65,18 +65,18 @@ class Study:
     tables: list[Table]
     settings: dict[str, Any]
 
-    def save(self, folder: str | Path) -> Path:
-        """Write ``study.json`` and ``study.md`` (for people) into a folder. -> the latter's path."""
+    def save(self, folder: str | Path, name: str = "study") -> Path:
+        """Write ``<name>.json`` and ``<name>.md`` (for people) into a folder. -> the latter's path."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "study.json").write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+        (folder / f"{name}.json").write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
         sections = []
         for table in self.tables:
             rows = [table.header, ["---"] * len(table.header), *table.rows]
             sections.append(
                 f"## {table.title}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\n{table.note}\n"
             )
-        path = folder / "study.md"
+        path = folder / f"{name}.md"
         path.write_text("\n".join(sections), encoding="utf-8")
         return path
 
