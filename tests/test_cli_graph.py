@@ -304,6 +304,10 @@ def test_one_file_one_layer_and_json(room: Path, tmp_path: Path) -> None:
     one_line_error(run("graph", "infer", "graph", "photos", "--layers", "3", "--out", out), 2, "'3'", "0, 2")
     one_line_error(run("graph", "infer", "graph", "photos", "--table", "t.txt", "--out", out), 2, "--table is t.txt", ".json")
     one_line_error(run("graph", "infer", "photos", "photos", "--out", out), 1, "photos: no graph of `conelens graph fit`")
+    one_line_error(run("graph", "infer", "graph", "photos", "--out", "p.txt"), 2, "--out is p.txt", ".safetensors")
+    assert not Path("p.txt").exists()
+    (tmp_path / "found.1").mkdir()
+    assert run("graph", "infer", "graph", "photos/00.png", "--out", tmp_path / "found.1").exit_code == 0
     a_file = run("graph", "infer", "graph_nets.py", "photos", "--out", out)
     one_line_error(a_file, 1, "graph_nets.py: it is a file, not a folder of `conelens graph fit`")
 
@@ -313,6 +317,22 @@ def test_a_fit_stopped_before_its_first_iteration_says_so(room: Path, tmp_path: 
     for command in (("infer", tmp_path, "photos"), ("draw", tmp_path, "photos"), ("evaluate", tmp_path, "--parts", "parts")):
         result = run("graph", *command, "--out", tmp_path / "out.safetensors")
         one_line_error(result, 1, "not finished its first step", "the same `conelens graph fit` again")
+
+
+def test_what_fails_before_it_writes_leaves_no_folder(room: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "deep"
+    for command in (
+        ("fit", "nowhere", *MODEL),
+        ("infer", "photos", "photos"),
+        ("infer", "graph", "nowhere"),
+        ("draw", "graph", "photos", "--layer", "1"),
+        ("evaluate", "graph", "--parts", "photos"),
+    ):
+        assert run("graph", *command, "--out", out).exit_code in (1, 2)
+        assert not list(tmp_path.iterdir()), command
+    out.parent.mkdir()
+    assert run("graph", "infer", "photos", "photos", "--out", out).exit_code == 1
+    assert out.parent.is_dir() and not out.exists(), "what was there stays"
 
 
 def test_other_weights_than_those_of_the_fit_are_refused(room: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -33,7 +33,7 @@ def guarded(command: Command) -> Command:
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
-        with _warnings_as_lines():
+        with _warnings_as_lines(), _no_empty_folders():
             try:
                 command(*args, **kwargs)
             except (ArgumentError, LayerError) as error:
@@ -139,10 +139,26 @@ def write_whole(path: Path, content: bytes, option: str = "--out") -> None:
             part.write_bytes(content)
 
 
+_made: list[Path] = []  # folders that the running command made before it had anything to write, the innermost first
+
+
+@contextmanager
+def _no_empty_folders() -> Iterator[None]:
+    """Remove what :func:`writable` made and nothing was written to."""
+    _made.clear()
+    try:
+        yield
+    finally:
+        for folder in _made:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
 def writable(folder: Path, option: str = "--out") -> None:
-    """Make an output folder and try a file in it, before long work begins."""
+    """Make an output folder and try a file in it, before long work begins; it goes again if the command leaves it empty."""
     with writing(folder, option):
         try:
+            _made.extend(path for path in (folder, *folder.parents) if not path.exists())
             folder.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
             raise NotADirectoryError(errno.ENOTDIR, "it is a file, not a folder", str(folder)) from None

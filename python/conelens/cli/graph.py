@@ -90,6 +90,8 @@ def infer(
         raise ArgumentError(f"--table is {table}, wanted a name that ends in .csv or .json")
     if strongest < 1:
         raise ArgumentError(f"--strongest is {strongest}, wanted at least 1")
+    if out.suffix and out.suffix.lower() != ".safetensors" and not out.is_dir():
+        raise ArgumentError(f"--out is {out}, wanted a name that ends in .safetensors, or a folder, whose name has no suffix")
     path = out if out.suffix.lower() == ".safetensors" else out / PLACEMENTS
     console.writable(path.parent)
     fitted = Fitted.open(graph, weights, device)
