@@ -203,7 +203,7 @@ def rate(seconds: float) -> str:
 
 
 def updated(kept: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
-    """The kept results with the measured cases in their places, new ones last. Shares of limits are of the kept run's machine."""
+    """The kept results with the measured cases in their places, new ones last; the machine's limits stay the kept run's."""
     measured = {(case["section"], case["name"]): case for case in results["cases"]}
     cases = [measured.pop((case["section"], case["name"]), case) for case in kept["cases"]]
     return {**kept, "cases": [*cases, *measured.values()]}
