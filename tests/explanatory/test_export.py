@@ -38,6 +38,15 @@ def test_networkx_holds_every_node_and_edge_of_the_graph() -> None:
     assert made.number_of_edges() == 2 * 4 + 2 * 6
 
 
+def test_the_graph_and_its_placements_tell_of_themselves(tmp_path: Path) -> None:
+    graph, placements = small()
+    assert networkx.utils.graphs_equal(graph.to_networkx(), to_networkx(graph))
+    written = graph.write_graphml(tmp_path / "a.graphml")
+    assert written.read_text() == write_graphml(graph, tmp_path / "b.graphml").read_text()
+    shape = list(placements["top"].scores.shape)
+    assert repr(placements["top"]) == f"Placement(positions {[*shape, 2]}, scores {shape}, activations {shape})"
+
+
 def test_edges_point_to_what_a_part_is_made_of() -> None:
     graph, _ = small()
     made = to_networkx(graph)

@@ -320,8 +320,9 @@ def test_images_without_activity_and_dead_filters_are_lived_with() -> None:
     upper[4], lower[4] = 0, 0
     upper[:, 1] = 0
     features = made(upper, lower)
-    with pytest.warns(DeadUnitWarning, match="upper: 1 of 3 filters never fire"):
+    with pytest.warns(DeadUnitWarning, match="upper: 1 of 3 filters never fire") as warned:
         graph = ExplanatoryGraph.fit(None, features, nodes_per_filter=4, edges=5, iterations=5)
+    assert warned[0].filename == __file__, "it points to who called fit"
     assert finite(graph) and graph[LOWER].edges is not None
     assert not bool((graph[LOWER].edges // 4 == 1).any())  # nobody's parent is dead
     placement = graph.infer(features)

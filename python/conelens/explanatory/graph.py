@@ -15,7 +15,7 @@ from torch import Tensor
 
 from conelens.data import ImageDataset
 from conelens.errors import ArgumentError, CheckpointError, DataError, DeadUnitWarning
-from conelens.explanatory import storage
+from conelens.explanatory import export, storage
 from conelens.explanatory.features import Features
 from conelens.explanatory.fit import LayerFit, blocks, choose_candidates, first_layer_state
 from conelens.explanatory.layer import GraphLayer, Parents, Placement
@@ -226,6 +226,14 @@ class ExplanatoryGraph:
             )
         return graph
 
+    def to_networkx(self) -> Any:
+        """The graph as a ``networkx.DiGraph``: :func:`conelens.explanatory.export.to_networkx`."""
+        return export.to_networkx(self)
+
+    def write_graphml(self, path: str | Path) -> Path:
+        """The graph as GraphML: :func:`conelens.explanatory.export.write_graphml`."""
+        return export.write_graphml(self, path)
+
     @property
     def complete(self) -> bool:
         """Have all layers had all their iterations, and been finished?"""
@@ -391,7 +399,7 @@ def _finish(fit: LayerFit, edges: int, last: bool) -> Parents | None:
         warnings.warn(
             f"{layer.name}: {silent} of {layer.shape[0]} filters never fire in these images; their nodes stay where they began",
             DeadUnitWarning,
-            stacklevel=2,
+            stacklevel=4,  # whoever called fit
         )
     fit.finish(summary)
     return None if last else fit.as_parents(choose_candidates(layer, summary, fit.rules, edges))

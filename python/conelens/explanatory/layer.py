@@ -33,6 +33,9 @@ class Placement(NamedTuple):
     scores: Tensor
     activations: Tensor
 
+    def __repr__(self) -> str:
+        return f"Placement({', '.join(f'{name} {list(value.shape)}' for name, value in self._asdict().items())})"
+
 
 class Expected(NamedTuple):
     """What a layer expects in some images, given its parents there: arguments of the E-step."""
