@@ -56,6 +56,13 @@ def test_a_line_that_means_nothing_is_named(folder: Path, line: str, message: st
         animal_part(folder)
 
 
+def test_lines_without_images_are_counted(folder: Path) -> None:
+    lost = "".join(f"{number}.jpg,head,0.5,0.5,0.1,0.1\n" for number in (7, 8, 9))
+    (folder / "parts.csv").write_text("1.jpg,head,0.5,0.5,0.1,0.1\n" + lost)
+    with pytest.raises(DataError, match=r"parts.csv:2: no image '7.jpg' .*\(and 2 more lines without an image\)"):
+        animal_part(folder)
+
+
 def test_missing_files_and_names_are_named(folder: Path) -> None:
     with pytest.raises(ArgumentError, match=r"got \['tail'\], wanted some of head, leg"):
         animal_part(folder, names=["tail"])

@@ -35,9 +35,11 @@ def animal_part(folder: str | Path, preprocess: Preprocess | None = None, names:
     paths = find_images(root)
     known = {path.relative_to(root).as_posix() for path in paths}
     marked: dict[str, list[Mark]] = defaultdict(list)
-    for where, (image, part, *numbers) in rows(root / TABLE, 6, ","):
-        if image not in known:
-            raise DataError(f"{where}: no image {image!r} in {root}; put it back or take the line out")
+    lines = list(rows(root / TABLE, 6, ","))
+    if lost := [(where, image) for where, (image, *_) in lines if image not in known]:
+        (where, image), others = lost[0], f" (and {len(lost) - 1} more lines without an image)" if len(lost) > 1 else ""
+        raise DataError(f"{where}: no image {image!r} in {root}{others}; put them back or take the lines out")
+    for where, (image, part, *numbers) in lines:
         if not part:
             raise DataError(f"{where}: the name of the part is empty")
         y, x = (number(where, text, what, 0, 1) for text, what in zip(numbers, ("centre y", "centre x")))
