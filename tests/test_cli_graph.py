@@ -22,8 +22,9 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 
 from conelens.cli import console
+from conelens.cli.graph_work import strongest_nodes
 from conelens.errors import ArgumentError
-from conelens.explanatory import ExplanatoryGraph
+from conelens.explanatory import ExplanatoryGraph, Grid, GraphLayer, Placement
 from conelens.explanatory.decoder import CHECKPOINT, Recipe
 from conelens.explanatory.evaluate.study import Study, Table, evaluate
 from tests.explanatory.evaluate.test_sheet import rate
@@ -116,7 +117,9 @@ def test_it_learns_what_the_library_learns_and_says_what_is_next(room: Path, tmp
     result = run(*FIT, "--out", tmp_path / "graph")
     assert result.exit_code == 0, result.output
     assert "05.png" in result.stderr and "skipped" in result.stderr
-    assert "2: 3 iterations, log-likelihood -" in result.stderr
+    assert "2: 3 iterations, log-likelihood -" in result.stderr and " per unit of activity, higher is better" in result.stderr
+    begun = [line for line in result.stderr.splitlines() if line.startswith("begins: ")]
+    assert begun == ["begins: images", "begins: features", "begins: 2", "begins: 0"], "a line each where there is no terminal"
     assert f"next: conelens graph draw {tmp_path / 'graph'} photos" in result.stderr
     assert {p.name for p in (tmp_path / "graph").iterdir()} == {"graph.safetensors", "graph.json", "fit.json"}
     paths = [p for p in sorted((room / "photos").iterdir()) if p.name != "05.png"]
@@ -233,8 +236,8 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_stays(
 def test_mistakes_are_named_before_any_work(room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("conelens.cli.graph_work.readable", lambda *_: pytest.fail("worked before it looked"))
     for options, parts in {
-        ("--layers", "0,22"): ("'22'", "did you mean 2", "conelens layers MODEL"),
-        ("--layers", "2,0"): ("bottom first",),
+        ("--layers", "0,22"): ("error: --layers: got '22'", "did you mean 2", "conelens layers MODEL"),
+        ("--layers", "2,0"): ("error: --layers: ", "bottom first"),
         ("--nodes", "3,2,1"): ("--nodes has 3 numbers", "0, 2"),
         ("--nodes", "200"): ("--nodes has 200 for 0", "1..144"),
         ("--nodes", "few"): ("--nodes is 'few'", "40,20"),
@@ -301,7 +304,7 @@ def test_one_file_one_layer_and_json(room: Path, tmp_path: Path) -> None:
         assert set(file.keys()) == {"2.positions", "2.scores", "2.activations"}
         assert file.get_tensor("2.scores").shape == (1, 6, 2)
     assert {row["layer"] for row in json.loads(table.read_text())} == {"2"}
-    one_line_error(run("graph", "infer", "graph", "photos", "--layers", "3", "--out", out), 2, "'3'", "0, 2")
+    one_line_error(run("graph", "infer", "graph", "photos", "--layers", "3", "--out", out), 2, "--layers: got '3'", "0, 2")
     one_line_error(run("graph", "infer", "graph", "photos", "--table", "t.txt", "--out", out), 2, "--table is t.txt", ".json")
     one_line_error(run("graph", "infer", "photos", "photos", "--out", out), 1, "photos: no graph of `conelens graph fit`")
     one_line_error(run("graph", "infer", "graph", "photos", "--out", "p.txt"), 2, "--out is p.txt", ".safetensors")
@@ -333,6 +336,17 @@ def test_what_fails_before_it_writes_leaves_no_folder(room: Path, tmp_path: Path
     out.parent.mkdir()
     assert run("graph", "infer", "photos", "photos", "--out", out).exit_code == 1
     assert out.parent.is_dir() and not out.exists(), "what was there stays"
+
+
+def test_of_the_nodes_of_a_filter_at_one_place_the_strongest_is_listed() -> None:
+    places = torch.tensor([[[1.0, 1.0], [1.0, 1.0], [9.0, 9.0]], [[1.0, 1.0], [5.0, 5.0], [5.0, 5.0]]])[None]
+    scores = torch.tensor([[[4.0, 5.0, 1.0], [3.0, 0.0, 0.0]]])
+    layer = GraphLayer("a", Grid((0.0, 0.0), (1.0, 1.0), (10, 10)), places[0], *torch.ones(2, 2, 3), places[0])
+    placements = {"a": Placement(places, scores, scores)}
+    graph = ExplanatoryGraph({"a": layer}, {}, {"rules": {}})
+    rows = strongest_nodes(graph, placements, [Path("one.png")], 3)
+    assert [(row["rank"], row["filter"], row["node"]) for row in rows] == [(1, 0, 1), (2, 1, 0), (3, 0, 2)]
+    assert len(strongest_nodes(graph, placements, [Path("one.png")], 9)) == 3, "nodes with score 0 are nowhere"
 
 
 def test_other_weights_than_those_of_the_fit_are_refused(room: Path, tmp_path: Path) -> None:
@@ -402,9 +416,10 @@ def test_an_interrupted_decoder_goes_on(room: Path, tmp_path: Path, monkeypatch:
 def test_what_cannot_be_drawn_is_named(room: Path, tmp_path: Path) -> None:
     command = ("graph", "draw", "graph", "photos", "--out", tmp_path)
     for options, parts in {
-        ("--layer", "1"): ("'1'", "0, 2"),
+        ("--layer", "1"): ("error: --layer: got '1'", "0, 2"),
         ("--root", "2/1"): ("--root is '2/1'", "LAYER/FILTER/NODE"),
-        ("--root", "2/9/0"): ("filter 0..5",),
+        ("--root", "2/9/0"): ("error: --root: ", "filter 0..5"),
+        ("--root", "3/1/0"): ("error: --root: got '3'", "0, 2"),
         ("--patches", "0"): ("--patches is 0",),
         ("--steps", "0", "--synthesis"): ("--steps is 0",),
     }.items():

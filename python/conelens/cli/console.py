@@ -97,13 +97,18 @@ class Report(Protocol):
 
 @contextmanager
 def stages() -> Iterator[Report]:
-    """A bar for each stage that is reported, with a note behind its name; lines printed meanwhile appear above them."""
+    """A bar for each stage that is reported, with a note behind its name; lines printed meanwhile appear above them.
+
+    Where the error stream is no terminal, a line as each stage begins instead.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=ERR, disable=not ERR.is_terminal) as bars:
         tasks: dict[str, TaskID] = {}
 
         def report(stage: str, done: int, total: int | None, note: str = "") -> None:
             if stage not in tasks:
+                if not ERR.is_terminal:
+                    say(f"begins: {escape(stage)}")
                 tasks[stage] = bars.add_task(escape(stage), total=total)
             bars.update(tasks[stage], description=escape(stage + note), completed=done, total=total)
 
@@ -170,6 +175,15 @@ def writable(folder: Path, option: str = "--out") -> None:
 
 
 # -------------------------------------------------------------------------------------------- argument values
+@contextmanager
+def of_option(option: str) -> Iterator[None]:
+    """Begin what is wrong with an argument of Python by the name of the option that it came from."""
+    try:
+        yield
+    except (ArgumentError, LayerError) as error:
+        raise type(error)(f"{option}: {re.sub(r'^layers?: ', '', str(error))}") from error
+
+
 def numbers(text: str, name: str) -> tuple[float, ...]:
     """ "0.5" or "0.485,0.456,0.406" as three numbers."""
     try:

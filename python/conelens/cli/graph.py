@@ -24,6 +24,11 @@ Graph = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of `conelens 
 Images = Annotated[Path, typer.Argument(metavar="IMAGES", help="Folder of images, searched deeply, or one image.")]
 WeightsNow = Annotated[Path | None, typer.Option(help="Where the weights of the fit are now, if they were moved.")]
 
+LAYERS = "Names with commas, bottom first. Default: known for vgg16, alexnet, squeezenet1_1 and ResNets at 224 pixels."
+NODES = "Per filter: one number, or one per layer, such as 40,20. Default: by the map; 40, 20, 10 at 28, 14, 7 cells a side."
+NOISE = "How readily activity far from all nodes counts as clutter: higher, more of it. Default 0.1."
+NEGATIVES = "Folder of images of anything; each unit's activity is measured by how much it varies there."
+
 
 @commands.command()
 @guarded
@@ -32,14 +37,14 @@ def fit(
     out: Annotated[Path, typer.Option(help="Folder for the graph and its checkpoint.")] = Path("conelens_graph"),
     model: ModelOption = "squeezenet1_1",
     weights: Weights = None,
-    layers: Annotated[str | None, typer.Option(help="Names with commas, bottom first. Default: the known ones.")] = None,
-    nodes: Annotated[str | None, typer.Option(help="Per filter: one number, or one per layer, such as 40,20.")] = None,
+    layers: Annotated[str | None, typer.Option(help=LAYERS)] = None,
+    nodes: Annotated[str | None, typer.Option(help=NODES)] = None,
     edges: Annotated[int, typer.Option(help="Parents per node.")] = 15,
     iterations: Annotated[int, typer.Option(help="Of expectation-maximisation, per layer.")] = 20,
     seed: Annotated[int, typer.Option(help="Of the nodes' first positions.")] = 0,
     form: Annotated[str, typer.Option(help="recommended, paper, or release (the authors' MATLAB code).")] = "recommended",
-    noise: Annotated[float | None, typer.Option(help="Level of the noise component. Default 0.1.")] = None,
-    negatives: Annotated[Path | None, typer.Option(help="Folder of any images, whose activity is the measure.")] = None,
+    noise: Annotated[float | None, typer.Option(help=NOISE)] = None,
+    negatives: Annotated[Path | None, typer.Option(help=NEGATIVES)] = None,
     anew: Annotated[bool, typer.Option("--anew", help="Replace the graph in --out instead of going on with it.")] = False,
     memory: Annotated[str, typer.Option(help="Feature maps beyond this go to --out, e.g. 512M.")] = "4G",
     batch_size: BatchSize = 16,
@@ -78,7 +83,7 @@ def infer(
     ),
     layers: Annotated[str | None, typer.Option(help="Names with commas. Default: all of the graph.")] = None,
     table: Annotated[Path | None, typer.Option(help="Also list each image's strongest nodes: FILE.csv or FILE.json.")] = None,
-    strongest: Annotated[int, typer.Option(help="Nodes per image in --table.")] = 20,
+    strongest: Annotated[int, typer.Option(help="Nodes per image in --table; one of a filter at a place.")] = 20,
     batch_size: BatchSize = 16,
     weights: WeightsNow = None,
     device: Device = "cpu",
@@ -95,7 +100,8 @@ def infer(
     path = out if out.suffix.lower() == ".safetensors" else out / PLACEMENTS
     console.writable(path.parent)
     fitted = Fitted.open(graph, weights, device)
-    names = None if layers is None else [fitted.graph[name.strip()].name for name in layers.split(",")]
+    with console.of_option("--layers"):
+        names = None if layers is None else [fitted.graph[name.strip()].name for name in layers.split(",")]
     dataset = photographs(images, fitted.bench.model.preprocess)
     _, placements = fitted.place(dataset, batch_size, names)
     save_placements(path, placements, dataset.paths, dataset.preprocess.size)
@@ -143,7 +149,7 @@ def draw(
 @commands.command()
 @guarded
 def evaluate(
-    graph: Annotated[Path | None, typer.Argument(metavar="DIR", help="Folder of `conelens graph fit`.")] = None,
+    graph: Annotated[Path | None, typer.Argument(metavar="DIR", help="Graph; only --ratings does without.")] = None,
     parts: Annotated[Path | None, typer.Option(help="Data set of images with marked parts.")] = None,
     format_: Annotated[str, typer.Option("--format", help="animal-part, cub or pascal-part.")] = "animal-part",
     category: Annotated[str | None, typer.Option(help="Of pascal-part, or a folder of --parts.")] = None,

@@ -54,7 +54,8 @@ class DrawJob:
             if value is not None and value < 1:
                 raise ArgumentError(f"{option} is {value}, wanted at least 1")
         if layer is not None:
-            fitted.graph[layer]
+            with console.of_option("--layer"):
+                fitted.graph[layer]
         chosen = None if root is None else find_node(fitted, root)
         return cls(fitted, images, layer, nodes, patches, side or fitted.graph.rules.patch, chosen, steps)
 
@@ -116,8 +117,9 @@ def find_node(fitted: Fitted, text: str) -> Node:
     layer, *numbers = text.rsplit("/", 2)
     if len(numbers) != 2 or not all(part.isdecimal() for part in numbers):
         raise ArgumentError(f"--root is {text!r}, wanted LAYER/FILTER/NODE, such as {next(iter(fitted.graph.layers))}/12/4")
-    node = Node(fitted.graph[layer].name, int(numbers[0]), int(numbers[1]))
-    check_node(node, fitted.graph[layer].shape)
+    node = Node(layer, int(numbers[0]), int(numbers[1]))
+    with console.of_option("--root"):
+        check_node(node, fitted.graph[layer].shape)
     return node
 
 

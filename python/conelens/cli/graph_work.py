@@ -88,8 +88,9 @@ class FitJob:
             if value < 1:
                 raise ArgumentError(f"{option} is {value}, wanted at least 1")
         rules_of(settings.form, settings.noise)
-        layers = settings.layers or preset_layers(net)
-        check_order(net, layers)
+        with console.of_option("--layers"):
+            layers = settings.layers or preset_layers(net)
+            check_order(net, layers)
         nodes = _nodes(net, layers, settings.nodes)
         lasting = asdict(settings) | {"layers": layers, "nodes": nodes}
         source = graph_fingerprint(bench.model, images, negatives, lasting)
@@ -175,7 +176,7 @@ class _Watch:
         learning = self.reached is not None and self.reached == (stage, done)
         self.report(stage, done, total, f": {self.told}" if learning else "")
         if learning and done == total:
-            console.say(f"{stage}: {total} iterations, {self.told}")
+            console.say(f"{stage}: {total} iterations, {self.told} per unit of activity, higher is better")
 
 
 def _nodes(net: Network, layers: Sequence[str], given: Sequence[int] | None) -> list[int]:
@@ -288,20 +289,28 @@ def save_placements(path: Path, placements: Mapping[str, Placement], images: Seq
 def strongest_nodes(
     graph: ExplanatoryGraph, placements: Mapping[str, Placement], images: Sequence[Path], count: int
 ) -> list[dict[str, Any]]:
-    """The ``count`` nodes of each image with the highest scores, over all layers; a layer's scores count by its mean score."""
+    """The ``count`` nodes of each image with the highest scores, over all layers; a layer's scores count by its mean score.
+
+    Of the nodes of a filter at one place only the strongest is listed.
+    """
     rows: list[dict[str, Any]] = []
     names = list(placements)
     starts = torch.tensor([0, *(placements[name].scores[0].numel() for name in names)]).cumsum(0).tolist()
     for number, path in enumerate(images):
         scores = torch.cat([placements[name].scores[number].flatten() / graph.layers[name].mean_score for name in names])
-        best = scores.sort(descending=True, stable=True).indices[:count].tolist()
-        for rank, flat in enumerate((node for node in best if scores[node] > 0), 1):
+        seen: set[tuple[int, int, float, float]] = set()
+        for flat in scores.sort(descending=True, stable=True).indices.tolist():
+            if len(seen) == count or not scores[flat] > 0:
+                break
             layer = max(i for i, start in enumerate(starts[:-1]) if start <= flat)
             found = placements[names[layer]]
             filter_, node = divmod(flat - starts[layer], found.scores.shape[2])
             y, x = found.positions[number, filter_, node].tolist()
+            if (layer, filter_, y, x) in seen:
+                continue
+            seen.add((layer, filter_, y, x))
             rows.append({
-                "image": str(path), "rank": rank, "layer": names[layer], "filter": filter_, "node": node, "y": y, "x": x,
+                "image": str(path), "rank": len(seen), "layer": names[layer], "filter": filter_, "node": node, "y": y, "x": x,
                 "score": float(found.scores[number, filter_, node]), "relative_score": float(scores[flat]),
                 "activation": float(found.activations[number, filter_, node]),
             })  # fmt: skip

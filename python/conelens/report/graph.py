@@ -32,12 +32,17 @@ _DRAWN = (
     "of how the lower node moves."
 )
 _NODES = (
-    "The nodes with the largest sum of their 50 best scores, at most two of a filter; best images first. Below each patch "
-    "stands its image, and its score as a share of the node's best one. Outside the photograph it is grey."
+    "The nodes with the largest sum of their 50 best scores, one of a filter; best images first. Below each patch stands its "
+    "image, and its score as a share of the node's best one. Outside the photograph it is grey. A filter has near-duplicates "
+    "among its nodes where it has more nodes than parts: several then settle on the same part."
 )
 _HEAT = (
     "Per layer, top layer first: the sum of the scores of the stronger half of its nodes, each spread about its place in this "
     "image by its own sigma. White (yellow, over the photograph) is the largest value of that map."
+)
+_LEARNING = (
+    "The log-likelihood is per unit of activity; higher is better. It may fall where parents are first chosen: from then on the "
+    "densities carry a factor for how well the parents agree, and do not compare with those before."
 )
 _WIDE = 1280  # pixels of the page
 _CURVE_WIDE, _CURVE_HIGH = 280, 170
@@ -112,7 +117,7 @@ def _learning(graph: ExplanatoryGraph) -> Section:
     figures = (
         [Figure("log_likelihood", curves(history), "Log-likelihood per unit of activity over iterations.")] if history else []
     )
-    return Section("Learning", "", figures, [Table(header, rows)])
+    return Section("Learning", _LEARNING, figures, [Table(header, rows)])
 
 
 def _summary(layer: GraphLayer) -> tuple[str, ...]:
