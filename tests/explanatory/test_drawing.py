@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageFont
 
 from conelens.errors import ArgumentError
-from conelens.explanatory.drawing import PATCH, Link, Selection, draw_graph, select
+from conelens.explanatory.drawing import PATCH, Drawing, Link, Selection, draw_graph, select
 from conelens.explanatory.pictures import Node, marked, top_patches
 from conelens.heatmaps import LABEL_COLOURS
 from tests.explanatory.scene import Coordinates, graph_of, layer, place, small
@@ -110,9 +110,10 @@ def test_edges_are_as_wide_as_they_are_strong_and_end_at_their_nodes() -> None:
     placements = {"low": place(torch.tensor([3.0, 2.0, 1.5, 1.0]).view(1, 4, 1)), "top": place(torch.ones(1, 1, 1))}
     drawing = draw_graph(graph, placements, Coordinates(1), nodes=4, patches=1)
     assert sorted(link.strength for link in drawing.selection.links) == [-0.5, 0.25, 0.5, 1.0]
-    assert [(curve.width - 1) / 5 for curve in drawing.curves] == pytest.approx([0, 0.25, 0.5, 1])
+    assert [curve.width for curve in drawing.curves] == pytest.approx([1, 2, 2 + 4 / 3, 6])
     colours = [curve.colour for curve in drawing.curves]
-    assert colours[1:] == [LABEL_COLOURS[0]] * 3 and np.ptp(colours[0]) < 20
+    assert len(set(colours[1:])) == 1 and colours[1] not in LABEL_COLOURS and np.ptp(colours[0]) < 20
+    assert len({tile.frame for tile in drawing.tiles}) == 5, "a root is grey, each node below it has a colour of its own"
     tops = {tile.at for tile in drawing.tiles}
     for curve in drawing.curves:
         (x0, y0), *_, (x3, y3) = curve.points
@@ -128,6 +129,36 @@ def test_edges_are_as_wide_as_they_are_strong_and_end_at_their_nodes() -> None:
         inside = slice(2, PATCH - 2)
         assert (picture[y : y + PATCH, x : x + PATCH][inside, inside] == np.asarray(tile.image)[inside, inside]).all()
     assert drawing.image().tobytes() == picture.tobytes()
+
+
+def test_close_strengths_are_told_apart_and_equal_ones_are_all_wide() -> None:
+    placements = {"low": place(torch.tensor([3.0, 2.0, 1.0]).view(1, 3, 1)), "top": place(torch.ones(1, 1, 1))}
+    for strengths, widths in (((0.91, 0.9, 0.92), [2, 4, 6]), ((0.5, 0.5, 0.5), [6, 6, 6])):
+        low = layer("low", 3, 1, [[[0]]] * 3, [[[value]] for value in strengths])
+        drawing = draw_graph(graph_of(low, layer("top", 1, 1)), placements, Coordinates(1), root=Node("top", 0, 0), patches=1)
+        assert [curve.width for curve in drawing.curves] == pytest.approx(widths, rel=1e-5)
+
+
+def test_frames_below_have_the_colour_of_their_strongest_edge() -> None:
+    graph, placements = small()
+    drawing = draw_graph(graph, placements, Coordinates(2))
+    frames = {node: tile.frame for tile, node in zip(drawing.tiles, _by_place(drawing), strict=True)}
+    top = drawing.selection.rows[0]
+    assert len(top) > 1 and len({frames[node] for node in top}) == len(top)
+    for row in drawing.selection.rows[1:]:
+        for node in row:
+            best = max((link for link in drawing.selection.links if link.lower == node), key=lambda link: link.strength)
+            assert frames[node] == frames[best.upper]
+
+
+def _by_place(drawing: Drawing) -> list[Node]:
+    """The node of each tile, by the names below it."""
+    heights = sorted({tile.at[1] for tile in drawing.tiles})
+    said = {(words.at[0], words.at[1]): words.text.split()[-1] for words in drawing.words}
+    return [
+        Node(drawing.selection.rows[heights.index(y)][0].layer, int(said[x, y + PATCH + 2]), int(said[x, y + PATCH + 15]))
+        for x, y in (tile.at for tile in drawing.tiles)
+    ]
 
 
 def test_one_image_for_all_nodes_leaves_those_blank_that_it_does_not_show() -> None:

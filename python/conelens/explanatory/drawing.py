@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 PATCH = 112  # pixels of a node's picture
 _GAP_X, _GAP_Y, _MARGIN, _LABEL = 16, 96, 14, 30
 _IDLE: Colour = (200, 204, 210)  # of edges that explain nothing, and of nodes without a picture
-_THIN, _THICK = 1.0, 6.0
+_COLOURS: list[Colour] = [*LABEL_COLOURS, (225, 124, 5), (111, 79, 176), (140, 90, 43)]  # one for each node of a row
+_THIN, _LEAST, _THICK = 1.0, 2.0, 6.0  # of edges that explain nothing; of the weakest and the strongest that do
 _SMOOTH = 3  # curves are drawn so many times larger, then averaged
 
 Point = tuple[float, float]
@@ -271,8 +272,9 @@ def draw_graph(
 ) -> Drawing:
     """Draw what :func:`select` chooses, the top layer on top; a node is the photograph around it where it scores best.
 
-    Edges have the colour of their upper node and are the wider the stronger; the strongest of those drawn between two layers
-    has the largest width. Edges of strength 0 or less, which explain nothing, are thin and grey.
+    Edges are the wider the stronger, from the weakest to the strongest of those drawn between two layers. They have the colour
+    of their upper node. Colours are given to the top row, or to the one below a root; each node further down has the colour of
+    its strongest edge. Edges of strength 0 or less, which explain nothing, are thin and grey.
 
     Args:
         graph, placements, nodes, links, root: as for :func:`select`; with ``root`` a node and what it is made of.
@@ -305,12 +307,13 @@ def _lay_out(selection: Selection, pictures: Mapping[Node, Image.Image]) -> Draw
     places: dict[Node, Point] = {}
     colours: dict[Node, Colour] = {}
     words: list[_Words] = []
+    given = int(len(selection.rows[0]) == 1)
     for rank, row in enumerate(selection.rows):
         top = _MARGIN + rank * (PATCH + _LABEL + _GAP_Y)
         pitch = inner / max(1, len(row))
         for place, node in enumerate(_ordered(row, selection.links, places)):
             places[node] = (_MARGIN + names + (place + 0.5) * pitch - PATCH / 2, top)
-            colours[node] = LABEL_COLOURS[place % len(LABEL_COLOURS)]
+            colours[node] = _COLOURS[place % len(_COLOURS)] if rank == given else _inherited(node, selection.links, colours)
             x = places[node][0]
             words.append(_Words((x, top + PATCH + 2), f"filter {node.filter}", 11, PATCH, INK))
             words.append(_Words((x, top + PATCH + 15), f"node {node.node}", 10, PATCH, FAINT))
@@ -341,13 +344,27 @@ def _ordered(row: Sequence[Node], links: Sequence[Link], places: Mapping[Node, P
     return sorted(row, key=middle)
 
 
+def _inherited(node: Node, links: Sequence[Link], colours: Mapping[Node, Colour]) -> Colour:
+    """The colour of a node's strongest edge; grey where none explains anything, and of a root."""
+    best = max((link for link in links if link.lower == node), key=lambda link: link.strength, default=None)
+    return FAINT if best is None or best.strength <= 0 else colours[best.upper]
+
+
 def _widths(links: Sequence[Link]) -> list[float]:
-    """Line widths in proportion to strength: the strongest edge between two layers is the widest there."""
-    most: dict[str, float] = {}
+    """Line widths by strength, from the weakest to the strongest edge that is drawn between two layers."""
+    drawn: dict[str, list[float]] = {}
     for link in links:
-        most[link.lower.layer] = max(most.get(link.lower.layer, 0.0), link.strength)
-    shares = (max(0.0, link.strength) / (most[link.lower.layer] or 1.0) for link in links)
-    return [_THIN + (_THICK - _THIN) * share for share in shares]
+        drawn.setdefault(link.lower.layer, []).append(link.strength)
+    widths = []
+    for link in links:
+        explaining = [strength for strength in drawn[link.lower.layer] if strength > 0]
+        if link.strength <= 0:
+            widths.append(_THIN)
+            continue
+        low, high = min(explaining), max(explaining)
+        share = (link.strength - low) / (high - low) if high > low else 1.0
+        widths.append(_LEAST + (_THICK - _LEAST) * share)
+    return widths
 
 
 def _hex(colour: Colour) -> str:

@@ -28,8 +28,8 @@ GUIDE = (
 )
 _DRAWN = (
     "Layers are rows, the top layer on top. Each node shows the photograph around it in the four images where its score is "
-    "highest. Edges take the colour of the upper node and are the wider the stronger they are; thin grey ones explain nothing "
-    "of how the lower node moves."
+    "highest. Edges take the colour of the upper node and are the wider the stronger they are, among those drawn between two "
+    "layers; thin grey ones explain nothing of how the lower node moves. Further down a node has its strongest edge's colour."
 )
 _NODES = (
     "The nodes with the largest sum of their 50 best scores, one of a filter; best images first. Below each patch stands its "
@@ -41,8 +41,8 @@ _HEAT = (
     "image by its own sigma. White (yellow, over the photograph) is the largest value of that map."
 )
 _LEARNING = (
-    "The log-likelihood is per unit of activity; higher is better. It may fall where parents are first chosen: from then on the "
-    "densities carry a factor for how well the parents agree, and do not compare with those before."
+    "The log-likelihood is per unit of activity; higher is better. It may fall where parents are first chosen: from then on "
+    "the densities carry a factor for how well the parents agree, and do not compare with those before."
 )
 _WIDE = 1280  # pixels of the page
 _CURVE_WIDE, _CURVE_HIGH = 280, 170
