@@ -24,7 +24,7 @@ pytest.importorskip("rich")
 from conelens.cli import console
 from conelens.cli.graph_work import strongest_nodes
 from conelens.errors import ArgumentError
-from conelens.explanatory import ExplanatoryGraph, Grid, GraphLayer, Placement
+from conelens.explanatory import ExplanatoryGraph, GraphLayer, Grid, Placement
 from conelens.explanatory.decoder import CHECKPOINT, Recipe
 from conelens.explanatory.evaluate.study import Study, Table, evaluate
 from tests.explanatory.evaluate.test_sheet import rate
@@ -300,6 +300,7 @@ def test_one_file_one_layer_and_json(room: Path, tmp_path: Path) -> None:
     out, table = tmp_path / "found.safetensors", tmp_path / "best.json"
     result = run("graph", "infer", "graph", "photos/00.png", "--layers", "2", "--out", out, "--table", table)
     assert result.exit_code == 0, result.output
+    assert "holds: 2.positions (y, x" in result.stderr and f"next: safetensors.torch.load_file('{out}')" in result.stderr
     with safe_open(out, "pt") as file:
         assert set(file.keys()) == {"2.positions", "2.scores", "2.activations"}
         assert file.get_tensor("2.scores").shape == (1, 6, 2)
@@ -373,12 +374,16 @@ def test_the_page_shows_graph_and_synthesis(room: Path, tmp_path: Path, monkeypa
     options = ("--nodes", "3", "--patches", "4", "--side", "20", "--root", "2/1/0", "--graphml")
     result = run("graph", "draw", "graph", "photos", "--out", tmp_path, *options, "--synthesis", "--steps", "2")
     assert result.exit_code == 0, result.output
-    assert f"written: {tmp_path / 'report.html'}" in result.stderr
-    assert "images teach a decoder little" in result.stderr
+    assert f"written: {tmp_path / 'report.html'}\nnext: open {tmp_path / 'report.html'}" in result.stderr
     names = {p.stem for p in (tmp_path / "figures").iterdir()}
     assert {"graph", "below_2_1_0", "nodes_0", "nodes_2", "heat_maps", "synthesis_2", "log_likelihood"} == names
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "Decoder of 2, 2 of 2 steps" in text
+    for doubt in (
+        "9 images teach a decoder little (2 more are held out, to be painted)",
+        "after 2 steps a decoder paints blurs",
+    ):
+        assert f"--synthesis: {doubt}" in result.stderr and f"Mind that {doubt}" in text
     assert "   10  11.png" in text and "05.png" not in text
     assert (tmp_path / "graph.graphml").read_text().count("<node ") == 4 * 3 + 6 * 2
     only = run("graph", "draw", "graph", "photos", "--out", tmp_path / "one", "--layer", "0")

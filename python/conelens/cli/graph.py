@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from conelens.cli import console
 from conelens.cli.console import OUT, guarded, say
-from conelens.cli.options import BatchSize, Device, InputSize, Mean, ModelOption, Policy, Scale, Std, Weights
+from conelens.cli.options import DECODER_STEPS, BatchSize, Device, InputSize, Mean, ModelOption, Policy, Scale, Std, Weights
 from conelens.errors import ArgumentError, DataError
 
 commands = typer.Typer(
@@ -106,6 +106,9 @@ def infer(
     _, placements = fitted.place(dataset, batch_size, names)
     save_placements(path, placements, dataset.paths, dataset.preprocess.size)
     say(f"written: {escape(str(path))}")
+    keys = ", ".join(f"{name}.positions" for name in fitted.graph.layers if names is None or name in names)
+    say(f"holds: {escape(keys)} (y, x in pixels of the input), and .scores and .activations of each")
+    say(f"next: safetensors.torch.load_file({escape(repr(str(path)))}) gives them in Python")
     if table is not None:
         save_table(table, strongest_nodes(fitted.graph, placements, dataset.paths, strongest))
         say(f"written: {escape(str(table))}")
@@ -128,7 +131,7 @@ def draw(
     synthesis: Annotated[
         bool, typer.Option("--synthesis", help="Also paint images from the best nodes of --layer (default: the top one).")
     ] = False,
-    steps: Annotated[int, typer.Option(help="Of the training that --synthesis needs; minutes on two cores.")] = 800,
+    steps: Annotated[int, typer.Option(help="Of the training that --synthesis needs; minutes on two cores.")] = DECODER_STEPS,
     batch_size: BatchSize = 16,
     weights: WeightsNow = None,
     device: Device = "cpu",
@@ -144,6 +147,8 @@ def draw(
         say(f"written: {escape(str(save_graphml(fitted, out / 'graph.graphml')))}")
     path = job.write(out, batch_size)
     say(f"written: {escape(str(path))}")
+    if path.suffix == ".html":
+        say(f"next: open {escape(str(path))} in a browser")
 
 
 @commands.command()

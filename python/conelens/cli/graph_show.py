@@ -12,6 +12,7 @@ from torch import Tensor
 
 from conelens.cli import console
 from conelens.cli.graph_work import Fitted, photographs
+from conelens.cli.options import DECODER_STEPS
 from conelens.cli.work import write_report
 from conelens.data import ImageFolder
 from conelens.errors import ArgumentError
@@ -84,16 +85,30 @@ class DrawJob:
         count = min(SHOWN, max(1, len(dataset) // 4))
         shown = [(2 * number + 1) * len(dataset) // (2 * count) for number in range(count)]
         others = [number for number in range(len(dataset)) if number not in shown]
+        doubts = _doubts(len(others), count, steps)
+        for doubt in doubts:
+            warnings.warn(f"--synthesis: {doubt}", stacklevel=2)
         decoder = _train(layer, features[layer][others], _frames(dataset, others), steps, out / f"decoder_{safe_name(layer)}")
         sheet = synthesis_sheet(dataset, synthesise(features, placements, decoder, images=shown))
         text = _SYNTHESIS.format(layer=layer, decoder=f"{decoder}".replace("decoder", "Decoder", 1))
+        text = " ".join([text, *(f"Mind that {doubt}." for doubt in doubts)])
         return Section("Synthesis", text, [Figure(f"synthesis_{safe_name(layer)}", sheet)])
+
+
+def _doubts(images: int, held_out: int, steps: int) -> list[str]:
+    """Why what the decoder paints may show little."""
+    doubts = []
+    if images < 200:
+        doubts.append(
+            f"{images} images teach a decoder little ({held_out} more are held out, to be painted); hundreds show what is meant"
+        )
+    if steps < DECODER_STEPS // 2:
+        doubts.append(f"after {steps} steps a decoder paints blurs; the default is {DECODER_STEPS}")
+    return doubts
 
 
 def _train(layer: str, maps: Tensor, frames: Tensor, steps: int, folder: Path) -> Decoder:
     """A decoder that is kept in a folder, finished or not, and gone on with there."""
-    if len(maps) < 200:
-        warnings.warn(f"--synthesis: {len(maps)} images teach a decoder little; hundreds show what is meant", stacklevel=2)
     with console.writing(folder), console.stages() as report:
         try:
             decoder = Decoder.train(

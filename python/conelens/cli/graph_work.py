@@ -232,7 +232,9 @@ class Fitted:
         """
         note = read_note(folder)
         if not (folder / storage.FILE).exists():
-            raise CheckpointError(f"{folder}: this fit has not finished its first step; run the same `conelens graph fit` again")
+            raise CheckpointError(
+                f"{folder}: this fit has not finished its first step; run the same `conelens graph fit` again"
+            )
         graph = ExplanatoryGraph.load(folder)
         if weights is None and note["weights"] is not None:
             weights = Path(note["weights"])

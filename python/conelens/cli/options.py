@@ -20,3 +20,5 @@ Fit = Annotated[str | None, typer.Option(help="crop (default), letterbox or stre
 Policy = Annotated[str | None, typer.Option(help="Rules for operators without one: clamp, or relu6=clamp,gate=hold.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda[:index].")]
 BatchSize = Annotated[int, typer.Option(help="Images per forward pass.")]
+
+DECODER_STEPS = 800  # of `conelens graph draw --synthesis`, by default
