@@ -390,3 +390,23 @@ def test_bad_input_is_named(message: str, given: Inputs, options: dict[str, Any]
     for backend in ("compiled", "reference"):
         with ops.use_backend(backend), pytest.raises(ArgumentError, match=message):
             ops.graph_e_step(*given.values(), **{"grid": GRID, **options})
+
+
+def test_the_reference_takes_few_images_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib import import_module
+
+    generator = torch.Generator().manual_seed(0)
+    arguments = (
+        torch.rand(5, 2, 4, 3, generator=generator),
+        torch.rand(2, 3, 2, generator=generator) * 9,
+        torch.rand(5, 2, 3, 2, generator=generator),
+        torch.rand(2, 3, generator=generator) + 1,
+        torch.rand(5, 2, 3, generator=generator),
+        torch.rand(5, generator=generator),
+    )
+    with ops.use_backend("reference"):
+        whole = ops.graph_e_step(*arguments, grid=(1, 2, 3, 4), argmax=True)
+        monkeypatch.setattr(import_module("conelens.ops.graph_e_step"), "_REFERENCE_CELLS", 150)  # two images
+        parts = ops.graph_e_step(*arguments, grid=(1, 2, 3, 4), argmax=True)
+    for a, b in zip(whole, parts, strict=True):
+        assert torch.equal(a, b)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from conelens._native import Native
@@ -101,6 +102,9 @@ def _check_nodes(features: Tensor, mean: Any, shift: Any, sigma: Any, weight: An
     return tau
 
 
+_REFERENCE_CELLS = 1 << 26  # densities at a time: a quarter of a GiB
+
+
 def _check_grid(grid: Any) -> list[float]:
     values = list(grid) if isinstance(grid, Sequence) else []
     if len(values) != 4 or not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
@@ -132,8 +136,19 @@ def _fake(
 
 
 def _reference(features: Tensor, mean: Tensor, shift: Tensor | None, sigma: Tensor, *rest: Any) -> reference.Results:
-    _refuse_values(sigma, rest[1])
-    return reference.graph_e_step(features, mean, shift, sigma, *rest)
+    """The specification, so few images at a time that large problems still fit."""
+    weight, tau, grid, argmax = rest
+    _refuse_values(sigma, tau)
+    each = sigma.numel() * features.shape[2] * features.shape[3]
+    block = max(1, _REFERENCE_CELLS // max(1, each))
+    if len(features) <= block:
+        return reference.graph_e_step(features, mean, shift, sigma, weight, tau, grid, argmax)
+    parts = []
+    for start in range(0, len(features), block):
+        here = slice(start, start + block)
+        moved = None if shift is None else shift[here]
+        parts.append(reference.graph_e_step(features[here], mean, moved, sigma, weight[here], tau[here], grid, argmax))
+    return tuple(map(torch.cat, zip(*parts, strict=True)))  # type: ignore[return-value]
 
 
 def _compiled(
