@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -180,7 +181,7 @@ def painted_by_hand(inside: float, outside: float, boxes: Tensor) -> tuple[Synth
     kept = blank + contrast * torch.from_numpy(np.where(region[:, None], inside, outside))
     painted = {"whole": blank + contrast, "kept": kept, "random": blank - contrast, "strongest": blank + 0 * contrast}
     none = torch.zeros(len(boxes), dtype=torch.int64)
-    return Synthesis(list(range(len(boxes))), painted, blank, none, none, 0.1, (32, 48)), region
+    return Synthesis(list(range(len(boxes))), painted, blank, none, none, 0.1, (32, 48), none), region
 
 
 def test_survival_is_the_share_of_contrast_that_is_left() -> None:
@@ -218,9 +219,7 @@ def test_boxes_belong_to_the_images_that_were_chosen() -> None:
     boxes = torch.full((5, 1, 4), math.nan)
     boxes[3] = torch.tensor([2.0, 3, 20, 30])
     synthesis, _ = painted_by_hand(0.7, 0.1, boxes[3:4])
-    moved = Synthesis(
-        [3], *(getattr(synthesis, name) for name in ("painted", "blank", "units", "active", "keep", "image_size"))
-    )
+    moved = replace(synthesis, images=[3])
     assert survival(moved, boxes)["kept"].inside == pytest.approx(0.7)
     with pytest.raises(ArgumentError, match="no image has a box"):
         survival(synthesis, boxes)
@@ -232,12 +231,14 @@ def test_the_sheet_has_a_line_per_image(decoder: Decoder) -> None:
     made = synthesise(features, placements, decoder, images=[0, 5, 2])
     sheet = synthesis_sheet(Frames(), made, side=60)
     pixels = np.asarray(sheet)
-    assert sheet.size == (5 * 64 - 4, 3 * (60 + 13 + 4) - 4)
+    assert sheet.size == (6 * 64 - 4, 3 * (60 + 13 + 4) - 4)
     for line, image in enumerate((0, 5, 2)):
         middle = line * 77 + 30
         assert pixels[middle, 30].tolist() == [200 - 20 * image] * 3
+        through = 128 + np.sqrt(float(made.where[line, 8, 6])) * (200 - 20 * image - 128)
+        assert abs(float(pixels[middle + 1, 64 + 31, 0]) - through) < 6, "the photograph where the kept units are"
         wanted = 255 * made.painted["kept"][line, :, 8, 6]
-        assert np.abs(pixels[middle + 1, 2 * 64 + 31].astype(float) - wanted.numpy()).max() < 40, "of the kept units"
+        assert np.abs(pixels[middle + 1, 3 * 64 + 31].astype(float) - wanted.numpy()).max() < 40, "of the kept units"
 
 
 # ------------------------------------------------------------------------------------------------------------- mistakes

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from conelens.errors import ArgumentError
 from conelens.explanatory.decoder import Decoder
@@ -38,6 +39,7 @@ class Synthesis:
         blank: [3, h, w], from no unit at all: what vanished looks like.
         units: [N] units kept; ``active`` [N] units that were not zero.
         keep: share of the layer's nodes; ``image_size`` (height, width) of the network's input.
+        where: [N, h, w] float32 in 0..1, activity of the kept units over all filters, as a share of the image's most.
     """
 
     images: list[int]
@@ -47,6 +49,7 @@ class Synthesis:
     active: Tensor
     keep: float
     image_size: tuple[int, int]
+    where: Tensor
 
 
 def kept_units(placement: Placement, grid: Grid, keep: float = 0.10) -> Tensor:
@@ -112,7 +115,7 @@ def synthesise(
     if not chosen or not all(0 <= index < len(maps) for index in chosen):
         raise ArgumentError(f"images: got {chosen}, wanted at least one index in 0..{len(maps) - 1}")
     painted: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
-    units, active = [], []
+    units, active, where = [], [], []
     generator = torch.Generator().manual_seed(seed)
     for start in range(0, len(chosen), 32):
         part = torch.tensor(chosen[start : start + 32])
@@ -127,10 +130,14 @@ def synthesise(
         for kind, mask in sparse.items():
             painted[kind].append(decoder(values * mask))
         units.append(counts)
+        where.append((values * kept).sum(1))
         active.append((values > 0).flatten(1).sum(1))
     blank = decoder(torch.zeros(1, *decoder.shape))[0]
     pictures = {kind: torch.cat(parts) for kind, parts in painted.items()}
-    return Synthesis(chosen, pictures, blank, torch.cat(units), torch.cat(active), keep, features.image_size)
+    size = (blank.shape[1], blank.shape[2])
+    spread = interpolate(torch.cat(where)[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+    share = spread / spread.amax((1, 2), keepdim=True).clamp_min(1e-12)
+    return Synthesis(chosen, pictures, blank, torch.cat(units), torch.cat(active), keep, features.image_size, share)
 
 
 # ------------------------------------------------------------------------------------------------------------------- what stays
@@ -198,7 +205,9 @@ def _inside(boxes: Tensor, image_size: tuple[int, int], size: tuple[int, int]) -
 
 # -------------------------------------------------------------------------------------------------------------- the picture
 def synthesis_sheet(dataset: Photographs, synthesis: Synthesis, side: int = 112) -> Image.Image:
-    """A line per image: photograph, all units, units of the kept nodes, as many random ones, as many of the strongest."""
+    """A line per image: photograph; the photograph seen through the kept units, grey where none of them is active; painted from
+    all units, from the kept ones, from as many random ones, from as many of the strongest.
+    """
     if len(dataset) <= max(synthesis.images):
         raise ArgumentError(
             f"dataset: got {len(dataset)} images, wanted those that were placed, at least {max(synthesis.images) + 1}"
@@ -207,14 +216,28 @@ def synthesis_sheet(dataset: Photographs, synthesis: Synthesis, side: int = 112)
     labels: list[str] = []
     for number, image in enumerate(synthesis.images):
         pictures = [synthesis.painted[kind][number] for kind in KINDS]
-        tiles += [dataset.frame(image), *((255 * p).round().byte().permute(1, 2, 0).numpy() for p in pictures)]
+        frame = dataset.frame(image)
+        tiles += [
+            frame,
+            _through(frame, synthesis.where[number]),
+            *((255 * p).round().byte().permute(1, 2, 0).numpy() for p in pictures),
+        ]
         units = int(synthesis.units[number])
         best = f"best {synthesis.keep:.0%} of nodes: {units}"
         labels += [
             f"image {image}",
+            "where the best are",
             f"all {int(synthesis.active[number])} units",
             best,
             f"{units} at random",
             f"{units} strongest",
         ]
-    return grid_of_tiles(tiles, 1 + len(KINDS), side, 4, labels)
+    return grid_of_tiles(tiles, 2 + len(KINDS), side, 4, labels)
+
+
+def _through(frame: np.ndarray, where: Tensor) -> np.ndarray:
+    """uint8 [H, W, 3] laid on mid-grey, as opaque as the square root of ``where`` [h, w]: a quarter of the most still shows."""
+    opaque = (
+        interpolate(where[None, None], frame.shape[:2], mode="bilinear", align_corners=False)[0, 0].sqrt()[..., None].numpy()
+    )
+    return np.rint(opaque * frame + (1 - opaque) * 128).astype(np.uint8)
