@@ -148,7 +148,8 @@ def _reference(features: Tensor, mean: Tensor, shift: Tensor | None, sigma: Tens
         here = slice(start, start + block)
         moved = None if shift is None else shift[here]
         parts.append(reference.graph_e_step(features[here], mean, moved, sigma, weight[here], tau[here], grid, argmax))
-    return tuple(map(torch.cat, zip(*parts, strict=True)))
+    mass, first, second, likelihood, position, score = (torch.cat(column) for column in zip(*parts, strict=True))
+    return mass, first, second, likelihood, position, score
 
 
 def _compiled(
