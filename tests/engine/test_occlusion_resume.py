@@ -21,23 +21,6 @@ from tests.kit.occlusion import Classifier
 SETTINGS: dict[str, Any] = {"window": 6, "stride": 3, "memory": 2**24, "form": "rerun"}
 
 
-@pytest.fixture
-def images() -> Tensor:
-    return torch.randn(2, 3, 24, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-
-
-@pytest.fixture
-def model() -> nn.Module:
-    torch.manual_seed(1)
-    trunk = [nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 5, 3), nn.ReLU()]
-    return nn.Sequential(*trunk, nn.Flatten(), nn.Linear(400, 4)).double().eval()
-
-
-@pytest.fixture
-def net(model: nn.Module) -> Network:
-    return conelens.trace(model, (3, 24, 20))
-
-
 def fails_at(call: int, error: BaseException, model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """A function of images that raises ``error`` when it is called for the ``call``-th time."""
     calls = itertools.count(1)
