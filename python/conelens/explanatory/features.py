@@ -107,25 +107,22 @@ class Features:
 
     def only(self, layers: Sequence[str]) -> Features:
         """Some of the layers, sharing memory."""
-        chosen = Features({name: self[name] for name in layers}, self.grids, self.scale, self.image_size, self.skipped)
-        chosen._home = self._home
-        return chosen
+        return self._holding({name: self[name] for name in layers}, self.skipped)
 
     def cpu(self) -> Features:
         """The same in the computer's memory."""
-        moved = Features(
-            {name: maps.cpu() for name, maps in self.maps.items()}, self.grids, self.scale, self.image_size, self.skipped
-        )
-        moved._home = self._home
-        return moved
+        return self._holding({name: maps.cpu() for name, maps in self.maps.items()}, self.skipped)
 
     def part(self, start: int, stop: int) -> Features:
         """Images [start, stop) alone, sharing memory: what one worker of several takes."""
         skipped = [i - start for i in self.skipped if start <= i < stop]
-        maps = {name: values[start:stop] for name, values in self.maps.items()}
-        part = Features(maps, self.grids, self.scale, self.image_size, skipped)
-        part._home = self._home  # the files go when the last user has gone
-        return part
+        return self._holding({name: values[start:stop] for name, values in self.maps.items()}, skipped)
+
+    def _holding(self, maps: Mapping[str, Tensor], skipped: Sequence[int]) -> Features:
+        """Other maps of the same network and scale."""
+        features = Features(maps, self.grids, self.scale, self.image_size, skipped)
+        features._home = self._home  # the files go when the last user has gone
+        return features
 
     @classmethod
     def extract(

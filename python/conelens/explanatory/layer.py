@@ -132,9 +132,8 @@ class GraphLayer:
         found = ops.graph_e_step(*arguments, grid=self.grid.numbers, argmax=argmax)
         positions = None
         if argmax:
-            prior = self.mean.expand(len(features), -1, -1, -1) if expected.shift is None else self.mean + expected.shift
             nowhere = (found.position < 0)[..., None]
-            positions = torch.where(nowhere, prior, self.grid.pixels(found.position.clamp(min=0)))
+            positions = torch.where(nowhere, self._prior(expected), self.grid.pixels(found.position.clamp(min=0)))
         return Found(found.mass, found.first, found.second, found.log_likelihood, positions, found.score)
 
     def place(self, features: Tensor, parents: Parents | None, rules: Rules) -> tuple[Placement, Tensor]:
@@ -150,8 +149,11 @@ class GraphLayer:
         placement = Placement(found.positions, found.scores, activity.masked_fill_(found.scores == 0, 0))
         if rules.parents == "unit":
             return placement, found.positions
-        prior = self.mean if expected.shift is None else self.mean + expected.shift
-        return placement, prior + found.first / found.mass.clamp(min=LEAST_MASS)[..., None]
+        return placement, self._prior(expected) + found.first / found.mass.clamp(min=LEAST_MASS)[..., None]
+
+    def _prior(self, expected: Expected) -> Tensor:
+        """Where the nodes are expected, [I, D, K, 2], or [D, K, 2] where that is the same in all images."""
+        return self.mean if expected.shift is None else self.mean + expected.shift
 
 
 class Parents(NamedTuple):

@@ -141,7 +141,8 @@ def evaluate(
         parts = parts.take([image for image in range(len(parts)) if image not in annotated.skipped])
         annotated = extract(parts, ANNOTATED)
     tables: list[Table] = []
-    alone = {layer: _like_one(graph, net, annotated.only([layer]), layer, progress) for layer in layers}
+    # mixtures of every filter: of one layer alone there are no edges
+    alone = {layer: _like(graph, net, annotated.only([layer]), progress) for layer in layers}
     random_graph: ExplanatoryGraph | None = None
     for title, views in ((ANNOTATED, parts), ("random views", jittered(parts, seed, smallest))):
         features = annotated if views is parts else extract(views, title)
@@ -329,16 +330,6 @@ def _localisation(
     if progress is not None:
         progress(f"{crops.title}: localisation", 1, 1)
     return [_localisation_table(crops.title, result, found.name, resamples, seed)]
-
-
-def _like_one(
-    graph: ExplanatoryGraph, net: Network, features: Features, layer: str, progress: Progress | None
-) -> ExplanatoryGraph:
-    """Mixtures of every filter of a layer, without edges."""
-    return ExplanatoryGraph.fit(
-        net, features, nodes_per_filter=graph[layer].shape[1], iterations=graph.settings["iterations"],
-        seed=graph.settings["seed"], form=graph.rules, progress=progress,
-    )  # fmt: skip
 
 
 def _named(method: Any, layer: str) -> Any:
